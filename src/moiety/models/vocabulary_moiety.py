@@ -1,0 +1,32 @@
+"""One vocabulary for every node of every domain: elements, then residue types, then specials.
+
+The id of an element is its atomic number, so `ase.Atoms.numbers` are token ids already.
+`tokenizers/structure` holds the same table as a `PreTrainedTokenizerFast` artifact.
+"""
+
+ELEMENTS = (
+    "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
+    "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
+    "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
+    "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
+).split()  # fmt: skip
+RESIDUES = (
+    "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL SEC PYL UNK"
+).split()
+
+PAD = 0
+FIRST_RESIDUE = 1 + len(ELEMENTS)  # 119
+MASK = FIRST_RESIDUE + len(RESIDUES)  # 142: an element or a residue to be recovered
+POINT = MASK + 1  # 143: a point of a continuum field
+
+TOKENS = ("[PAD]", *ELEMENTS, *(f"<{name}>" for name in RESIDUES), "[MASK]", "[POINT]")
+VOCAB_SIZE = len(TOKENS)  # 144
+
+ELEMENT_ID = {symbol: number for number, symbol in enumerate(ELEMENTS, start=1)}
+RESIDUE_ID = {name: FIRST_RESIDUE + index for index, name in enumerate(RESIDUES)}
+
+DOMAINS = ("molecule", "crystal", "surface", "complex", "protein", "field")
+DOMAIN_ID = {name: index for index, name in enumerate(DOMAINS)}
+
+ROLES = ("unspecified", "protein", "ligand", "slab", "adsorbate", "solvent", "framework")
+ROLE_ID = {name: index for index, name in enumerate(ROLES)}
