@@ -35,7 +35,7 @@ class MoietyConfig(PreTrainedConfig):
     num_radial: int = 20
     cutoff: float = 5.0
     global_every: int = 2
-    vocab_size: int = 144
+    vocab_size: int = 145
     tasks: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -64,7 +64,6 @@ def neighbor_list(
     cell: np.ndarray,
     pbc: np.ndarray,
     cutoff: float,
-    length_scale: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """All directed pairs with |positions[j] + shift - positions[i]| < cutoff * scale_ij, periodic images included.
 
@@ -75,12 +74,11 @@ def neighbor_list(
         cell: [B,3,3] Å, rows.
         pbc: [B,3] bool.
         cutoff: Å, between two atoms.
-        length_scale: [N], in place of the one that follows from node_type (masked residues keep their size).
 
     Returns:
         edge_index [2,E] (row 0 source j, row 1 destination i, sorted by i) and edge_shift [E,3] Å.
     """
-    scale = node_scale(node_type) if length_scale is None else length_scale
+    scale = node_scale(node_type)
     reach = cutoff * float(scale.max(initial=1.0))
     search = NeighborList(cutoff=reach, full_list=True, sorted=True, n_threads=1)
     starts = np.searchsorted(graph_index, np.arange(len(cell) + 1))

@@ -16,11 +16,12 @@ RESIDUES = (
 
 PAD = 0
 FIRST_RESIDUE = 1 + len(ELEMENTS)  # 119
-MASK = FIRST_RESIDUE + len(RESIDUES)  # 142: an element or a residue to be recovered
-POINT = MASK + 1  # 143: a point of a continuum field
+RESIDUE_MASK = FIRST_RESIDUE + len(RESIDUES)  # 142: a residue to be recovered; still as large as a residue
+MASK = RESIDUE_MASK + 1  # 143: an element to be recovered
+POINT = MASK + 1  # 144: a point of a continuum field
 
-TOKENS = ("[PAD]", *ELEMENTS, *(f"<{name}>" for name in RESIDUES), "[MASK]", "[POINT]")
-VOCAB_SIZE = len(TOKENS)  # 144
+TOKENS = ("[PAD]", *ELEMENTS, *(f"<{name}>" for name in RESIDUES), "<MASK>", "[MASK]", "[POINT]")
+VOCAB_SIZE = len(TOKENS)  # 145
 
 ELEMENT_ID = {symbol: number for number, symbol in enumerate(ELEMENTS, start=1)}
 RESIDUE_ID = {name: FIRST_RESIDUE + index for index, name in enumerate(RESIDUES)}
