@@ -1,0 +1,78 @@
+"""Makes transformers' Auto classes know Moiety without importing transformers (seconds) until somebody else does.
+
+`import moiety` stays light: each registration runs right after the transformers module that needs it was loaded, or at
+once if it is loaded already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+
+def _config(auto: Any) -> None:
+    from moiety.models.configuration_moiety import MoietyConfig
+
+    auto.AutoConfig.register("moiety", MoietyConfig, exist_ok=True)
+
+
+def _models(auto: Any) -> None:
+    from moiety.models.configuration_moiety import MoietyConfig
+    from moiety.models.modeling_moiety import MoietyForPreTraining, MoietyModel
+
+    auto.AutoModel.register(MoietyConfig, MoietyModel, exist_ok=True)
+    auto.AutoModelForPreTraining.register(MoietyConfig, MoietyForPreTraining, exist_ok=True)
+
+
+def _feature_extractor(auto: Any) -> None:
+    from moiety.models.configuration_moiety import MoietyConfig
+    from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
+
+    auto.AutoFeatureExtractor.register(MoietyConfig, MoietyFeatureExtractor, exist_ok=True)
+
+
+def _processor(auto: Any) -> None:
+    from moiety.models.configuration_moiety import MoietyConfig
+    from moiety.models.processing_moiety import MoietyProcessor
+
+    auto.AutoProcessor.register(MoietyConfig, MoietyProcessor, exist_ok=True)
+
+
+REGISTRATIONS: dict[str, Callable[[Any], None]] = {
+    "transformers.models.auto.configuration_auto": _config,
+    "transformers.models.auto.feature_extraction_auto": _feature_extractor,
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs the registration of a module in REGISTRATIONS once that module has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in REGISTRATIONS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            REGISTRATIONS[fullname](module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Registers with what is loaded already, and arranges for the rest."""
+    for name, registration in REGISTRATIONS.items():
+        if name in sys.modules:
+            registration(sys.modules[name])
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
