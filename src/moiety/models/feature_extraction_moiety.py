@@ -12,15 +12,7 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from vesin import NeighborList
 
 from .conversion_moiety import to_fields
-from .vocabulary_moiety import DOMAIN_ID, FIRST_RESIDUE, MASK
-
-RESIDUE_SCALE = 2.0  # a residue is a larger thing than an atom: its distances count half
-
-
-def node_scale(node_type: Any) -> Any:
-    """[N] length scale of each node: an edge ij ends at cutoff * (scale_i + scale_j) / 2. Arrays or tensors."""
-    return 1.0 + (RESIDUE_SCALE - 1.0) * ((node_type >= FIRST_RESIDUE) & (node_type < MASK))
-
+from .vocabulary_moiety import DOMAIN_ID, node_scale
 
 def pack(structures: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Concatenates structures (the dictionaries of `to_fields`) into the arrays of one batch, without edges.
@@ -150,4 +142,4 @@ def to_tensors(arrays: dict[str, np.ndarray], dtype: torch.dtype) -> dict[str, t
 
 MoietyFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
-__all__ = ["MoietyFeatureExtractor", "neighbor_list", "node_scale", "pack", "to_tensors"]
+__all__ = ["MoietyFeatureExtractor", "neighbor_list", "pack", "to_tensors"]

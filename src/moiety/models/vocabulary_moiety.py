@@ -4,6 +4,10 @@ The id of an element is its atomic number, so `ase.Atoms.numbers` are token ids 
 `tokenizers/structure` holds the same table as a `PreTrainedTokenizerFast` artifact.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 ELEMENTS = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
     "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
@@ -31,3 +35,10 @@ DOMAIN_ID = {name: index for index, name in enumerate(DOMAINS)}
 
 ROLES = ("unspecified", "protein", "ligand", "slab", "adsorbate", "solvent", "framework")
 ROLE_ID = {name: index for index, name in enumerate(ROLES)}
+
+RESIDUE_SCALE = 2.0  # a residue is a larger thing than an atom: its distances count half
+
+
+def node_scale(node_type: Any) -> Any:
+    """[N] length scale of each node (array or tensor): an edge ij ends at cutoff * (scale_i + scale_j) / 2."""
+    return 1.0 + (RESIDUE_SCALE - 1.0) * ((node_type >= FIRST_RESIDUE) & (node_type < MASK))

@@ -1,0 +1,110 @@
+"""Closed forms on edges: harmonics, radial basis, envelope; and the neighbours of every node as one dense table."""
+# Shapes: N nodes, E edges, K most neighbours of a node, M = (lmax + 1)^2 components, R radial functions, C channels.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def spherical_harmonics(unit_E3: Tensor, lmax: int) -> Tensor:
+    """Real spherical harmonics [E,M], component-normalised: the squares of each degree sum to 2l + 1.
+
+    Order: 1; (x, y, z); (xy, yz, 3z^2 - 1, xz, x^2 - y^2).
+    """
+    x, y, z = unit_E3.unbind(-1)
+    parts = [torch.ones_like(x), math.sqrt(3) * x, math.sqrt(3) * y, math.sqrt(3) * z]
+    if lmax == 2:
+        s15 = math.sqrt(15)
+        parts += [s15 * x * y, s15 * y * z, math.sqrt(5) / 2 * (3 * z * z - 1), s15 * x * z, s15 / 2 * (x * x - y * y)]
+    return torch.stack(parts, dim=-1)
+
+
+def radial_basis(x_E: Tensor, num_radial: int) -> Tensor:
+    """sqrt(2) sin(n pi x) / x on (0, 1), n = 1..R (DimeNet, arXiv 2003.03123, eq. 7). [E,R]."""
+    n = torch.arange(1, num_radial + 1, device=x_E.device, dtype=x_E.dtype)
+    return math.sqrt(2) * torch.sin(math.pi * n * x_E[:, None]) / x_E[:, None]
+
+
+def envelope(x_E: Tensor, p: int = 5) -> Tensor:
+    """Polynomial that falls from 1 at x = 0 to 0 at x = 1 with two vanishing derivatives (DimeNet, eq. 8)."""
+    u = 1 - (p + 1) * (p + 2) / 2 * x_E**p + p * (p + 2) * x_E ** (p + 1) - p * (p + 1) / 2 * x_E ** (p + 2)
+    return u * (x_E < 1)
+
+
+def symmetric_basis(like: Tensor) -> Tensor:
+    """[5,3,3] orthonormal basis of the symmetric traceless matrices, in the order of the l = 2 harmonics."""
+    a, b, c = 1 / math.sqrt(2), 1 / math.sqrt(6), 2 / math.sqrt(6)
+    basis = [
+        [[0, a, 0], [a, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 0, a], [0, a, 0]],
+        [[-b, 0, 0], [0, -b, 0], [0, 0, c]],
+        [[0, 0, a], [0, 0, 0], [a, 0, 0]],
+        [[a, 0, 0], [0, -a, 0], [0, 0, 0]],
+    ]
+    return torch.tensor(basis, dtype=like.dtype, device=like.device)
+
+
+def mean_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+    """Mean of x [N, ...] over the nodes of each structure: [B, ...]."""
+    count_B = torch.bincount(graph_index, minlength=num_graphs).clamp(min=1).to(x_N.dtype)
+    return sum_per_graph(x_N, graph_index, num_graphs) / count_B.view(-1, *[1] * (x_N.dim() - 1))
+
+
+def sum_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+    """Sum of x [N, ...] over the nodes of each structure: [B, ...]."""
+    return x_N.new_zeros(num_graphs, *x_N.shape[1:]).index_add(0, graph_index, x_N)
+
+
+@dataclass
+class Neighbors:
+    """What the blocks need of the edges, as dense [N, K, ...] tables; empty places have envelope 0.
+
+    A node's neighbours are then rows of a small matrix, and both aggregations of a block are matrix products.
+    """
+
+    source: Tensor  # [N*K] node at the other end
+    radial: Tensor  # [N, K, R]
+    harmonics: Tensor  # [N, K, M]
+    envelope: Tensor  # [N, K]
+
+    @classmethod
+    def build(
+        cls,
+        positions: Tensor,
+        edge_index: Tensor,
+        edge_shift: Tensor,
+        scale_N: Tensor,
+        cutoff: float,
+        num_radial: int,
+        lmax: int,
+    ) -> Neighbors:
+        """Tables from an edge list sorted by destination (row 1 of edge_index)."""
+        num_nodes = len(positions)
+        source, destination = edge_index
+        vector_E3 = positions[source] + edge_shift - positions[destination]
+        distance_E = vector_E3.norm(dim=-1)
+        x_E = distance_E / (0.5 * cutoff * (scale_N[source] + scale_N[destination]))
+        degree_N = torch.bincount(destination, minlength=num_nodes)
+        most = max(int(degree_N.max()), 1) if num_nodes else 1
+        first_edge_N = degree_N.cumsum(0) - degree_N
+        place_E = destination * most + torch.arange(len(source), device=source.device) - first_edge_N[destination]
+        features_E = torch.cat(
+            [
+                radial_basis(x_E, num_radial),
+                spherical_harmonics(vector_E3 / distance_E[:, None], lmax),
+                envelope(x_E)[:, None],
+            ],
+            dim=-1,
+        )
+        table = features_E.new_zeros(num_nodes * most, features_E.shape[-1]).index_copy(0, place_E, features_E)
+        radial, harmonics, u = table.view(num_nodes, most, -1).split([num_radial, (lmax + 1) ** 2, 1], dim=-1)
+        return cls(
+            source=source.new_zeros(num_nodes * most).index_copy(0, place_E, source),
+            radial=radial.contiguous(),
+            harmonics=harmonics.contiguous(),
+            envelope=u.squeeze(-1).contiguous(),
+        )

@@ -1,0 +1,334 @@
+"""Moiety: a strictly O(3)-equivariant transformer with local and global attention over atoms and residues."""
+# Shapes: B structures, N nodes, E edges, M = (lmax + 1)^2 components, C channels, V vocabulary.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .blocks_moiety import Block, DegreeLinear, GlobalAttention, LocalAttention, MergedNorm, Steerable, StructurePlaces
+from .blocks_moiety import join as join_degrees
+from .configuration_moiety import MoietyConfig
+from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
+from .vocabulary_moiety import DOMAINS, ROLES, node_scale
+
+NOISE_UNIT = 0.05  # Å: where the logarithm of the noise level is zero
+
+
+@dataclass
+class MoietyOutput(ModelOutput):
+    """node_features [N,M,C] steerable (l=0; l=1 as x, y, z; l=2), graph_features [B,C] invariant, graph_index [N]."""
+
+    node_features: Tensor | None = None
+    graph_features: Tensor | None = None
+    graph_index: Tensor | None = None
+
+
+@dataclass
+class MoietyPreTrainingOutput(ModelOutput):
+    """noise [N,3] Å/sigma, type_logits [N,V], strain [B,3,3] in units of its sigma; loss only if targets were given."""
+
+    loss: Tensor | None = None
+    noise: Tensor | None = None
+    type_logits: Tensor | None = None
+    strain: Tensor | None = None
+    graph_features: Tensor | None = None
+
+
+@dataclass
+class MoietyPredictionOutput(ModelOutput):
+    """predictions: task name -> [B], [B,3], [N], ... in the task's unit."""
+
+    predictions: dict[str, Tensor] | None = None
+    node_features: Tensor | None = None
+    graph_features: Tensor | None = None
+    graph_index: Tensor | None = None
+
+
+class MoietyPreTrainedModel(PreTrainedModel):
+    config_class = MoietyConfig
+    base_model_prefix = "moiety"
+    main_input_name = "positions"
+    _no_split_modules = ("Block",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            gain = getattr(module, "init_gain", 1.0)
+            init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, MergedNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, LocalAttention):
+            init.zeros_(module.sink)
+        elif isinstance(module, GlobalAttention):
+            init.zeros_(module.reach)
+
+
+class InputEmbedding(nn.Module):
+    """First node features, and the invariant condition of each structure (charge, spin, domain, noise level)."""
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__()
+        channels = config.hidden_size
+        self.lmax = config.lmax
+        self.node_type = nn.Embedding(config.vocab_size, channels)
+        self.role = nn.Embedding(len(ROLES), channels)
+        self.domain = nn.Embedding(len(DOMAINS), channels)
+        self.charge_spin = nn.Linear(2, channels)
+        self.noise_level = nn.Sequential(nn.Linear(3, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.condition = nn.Sequential(nn.SiLU(), nn.Linear(channels, channels))
+        self.to_node = nn.Linear(channels, channels)
+        self.vectors = nn.Linear(4, channels, bias=False)
+
+    def forward(self, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Steerable, Tensor]:
+        charge_spin = torch.stack([inputs["charge"].clamp(-10, 10), (inputs["spin"] - 1).clamp(0, 10)], dim=-1)
+        level = inputs["noise_level"]
+        told = ~level.isnan()
+        log_level = torch.where(told, level, NOISE_UNIT).clamp(min=1e-4).div(NOISE_UNIT).log()
+        level_features = torch.stack([told.to(dtype), log_level, log_level.square()], dim=-1).to(dtype)
+        condition_BC = self.condition(
+            self.domain(inputs["domain"]) + self.charge_spin(charge_spin.to(dtype) / 2) + self.noise_level(level_features)
+        )
+        scalars = self.node_type(inputs["node_type"]) + self.role(inputs["role"])
+        scalars = scalars + self.to_node(condition_BC)[inputs["graph_index"]]
+        vectors = self.vectors(inputs["node_vectors"].transpose(1, 2))
+        x = [scalars.unsqueeze(1), vectors]
+        if self.lmax == 2:
+            x.append(vectors.new_zeros(len(vectors), 5, vectors.shape[-1]))
+        return x, condition_BC
+
+
+class MoietyModel(MoietyPreTrainedModel):
+    """The trunk. Inputs as the processor returns them; see `forward`."""
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__(config)
+        self.embedding = InputEmbedding(config)
+        every = config.global_every
+        self.blocks = nn.ModuleList(
+            Block(config, with_global=bool(every) and (index + 1) % every == 0) for index in range(config.num_layers)
+        )
+        self.norm = MergedNorm(config.hidden_size, config.lmax)
+        self.post_init()
+
+    def forward(
+        self,
+        node_type: Tensor,
+        positions: Tensor,
+        graph_index: Tensor,
+        edge_index: Tensor,
+        edge_shift: Tensor,
+        cell: Tensor | None = None,
+        pbc: Tensor | None = None,
+        charge: Tensor | None = None,
+        spin: Tensor | None = None,
+        domain: Tensor | None = None,
+        role: Tensor | None = None,
+        node_vectors: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoietyOutput:
+        """Steerable node features and invariant structure features.
+
+        Args:
+            node_type: [N] vocabulary ids (atomic number, or residue type).
+            positions: [N,3] Å.
+            graph_index: [N] structure of each node, ascending from 0.
+            edge_index: [2,E] source j and destination i, sorted by destination.
+            edge_shift: [E,3] Å, r_ij = positions[j] + edge_shift - positions[i].
+            cell: [B,3,3] Å, rows; not used beyond edge_shift.
+            pbc: [B,3] bool; default open.
+            charge: [B] e; default 0.
+            spin: [B] multiplicity; default 1.
+            domain: [B] index into DOMAINS; default molecule.
+            role: [N] index into ROLES; default unspecified.
+            node_vectors: [N,4,3] Å, residue offsets N, C, O, CB; default zero.
+            noise_level: [B] Å, NaN where it is not told; default not told.
+        """
+        # not max() + 1: an all-open batch still has one entry per structure in any [B] input
+        num_graphs = next((len(t) for t in (domain, charge, spin, pbc, cell) if t is not None), None)
+        if num_graphs is None:
+            num_graphs = int(graph_index[-1]) + 1
+        per_graph = {"dtype": torch.long, "device": positions.device}
+        inputs = {
+            "node_type": node_type,
+            "graph_index": graph_index,
+            "charge": charge if charge is not None else torch.zeros(num_graphs, **per_graph),
+            "spin": spin if spin is not None else torch.ones(num_graphs, **per_graph),
+            "domain": domain if domain is not None else torch.zeros(num_graphs, **per_graph),
+            "role": role if role is not None else torch.zeros_like(node_type),
+            "node_vectors": node_vectors if node_vectors is not None else positions.new_zeros(len(positions), 4, 3),
+            "noise_level": noise_level if noise_level is not None else positions.new_full((num_graphs,), math.nan),
+        }
+        is_open = ~pbc.any(-1) if pbc is not None else torch.ones(num_graphs, dtype=torch.bool, device=positions.device)
+        # coordinates relative to the structure's centre keep the distance columns small, hence exact
+        centred = positions - mean_per_graph(positions, graph_index, num_graphs)[graph_index]
+        scale = node_scale(node_type).to(positions.dtype)
+        config = self.config
+        neighbors = Neighbors.build(
+            positions, edge_index, edge_shift, scale, config.cutoff, config.num_radial, config.lmax
+        )
+        places = StructurePlaces(centred, graph_index, is_open)
+        x, condition = self.embedding(inputs, positions.dtype)
+        for block in self.blocks:
+            x = block(x, neighbors, places, condition, graph_index)
+        x = self.norm(x)
+        pooled = mean_per_graph(x[0].squeeze(1), graph_index, num_graphs)
+        return MoietyOutput(node_features=join_degrees(x), graph_features=pooled, graph_index=graph_index)
+
+
+class VectorHead(nn.Module):
+    """Equivariant vector per node: gated channels of l = 1. [N,M,C] -> [N,3]."""
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__()
+        channels = config.hidden_size
+        self.gate = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.vector = nn.Linear(channels, channels, bias=False)
+        self.weigh = nn.Linear(channels, 1, bias=False)
+        self.weigh.init_gain = 0.3
+
+    def forward(self, features_NMC: Tensor) -> Tensor:
+        gate = self.gate(features_NMC[:, :1])
+        return self.weigh(self.vector(features_NMC[:, 1:4]) * gate).squeeze(-1)
+
+
+class StrainHead(nn.Module):
+    """Symmetric matrix per structure from l = 0 (its trace) and l = 2: [N,M,C] -> [B,3,3]."""
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__()
+        channels = config.hidden_size
+        self.lmax = config.lmax
+        self.trace = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+        self.gate = nn.Linear(channels, channels)
+        self.tensor = nn.Linear(channels, channels if config.lmax == 2 else 2 * channels, bias=False)
+        self.weigh = nn.Linear(channels, 1, bias=False)
+        self.weigh.init_gain = 0.3
+
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+        scalars = features_NMC[:, 0]
+        basis = symmetric_basis(features_NMC)
+        if self.lmax == 2:
+            tensor_N5C = self.tensor(features_NMC[:, 4:9])
+        else:
+            v, w = self.tensor(features_NMC[:, 1:4]).chunk(2, dim=-1)
+            tensor_N5C = torch.einsum("sab,nac,nbc->nsc", basis, v, w)
+        tensor_N5 = self.weigh(tensor_N5C * self.gate(scalars).unsqueeze(1)).squeeze(-1)
+        identity = torch.eye(3, dtype=basis.dtype, device=basis.device) / math.sqrt(3)
+        strain_N33 = torch.einsum("ns,sab->nab", tensor_N5, basis) + self.trace(scalars).unsqueeze(-1) * identity
+        return mean_per_graph(strain_N33, graph_index, num_graphs)
+
+
+class MoietyForPreTraining(MoietyPreTrainedModel):
+    """Trunk with the denoising heads. Every head runs for every structure: all ranks build the same graph."""
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__(config)
+        channels = config.hidden_size
+        self.moiety = MoietyModel(config)
+        self.noise_head = VectorHead(config)
+        self.type_head = nn.Sequential(
+            nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, config.vocab_size)
+        )
+        self.strain_head = StrainHead(config)
+        self.post_init()
+
+    def forward(self, noise_target: Tensor | None = None, **inputs: Any) -> MoietyPreTrainingOutput:
+        """Takes the inputs of `MoietyModel`; `noise_target` [N,3] (unit variance) asks for the mean squared error as loss."""
+        trunk = self.moiety(**inputs)
+        features, graph_index = trunk.node_features, trunk.graph_index
+        noise = self.noise_head(features)
+        return MoietyPreTrainingOutput(
+            loss=F.mse_loss(noise, noise_target) if noise_target is not None else None,
+            noise=noise,
+            type_logits=self.type_head(features[:, 0]),
+            strain=self.strain_head(features, graph_index, len(trunk.graph_features)),
+            graph_features=trunk.graph_features,
+        )
+
+
+class TaskHead(nn.Module):
+    """One predicted property, `kind` says how it is read off the nodes:
+
+    - mean: invariant scalar per structure, mean over nodes [B]
+    - sum: invariant scalar per structure, sum over nodes (extensive) [B]
+    - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
+    - node: invariant scalar per node [N]
+    - vector: vector per node [N,3]
+
+    The network works in standard units; the prediction is mean + std * output, in the task's unit.
+    """
+
+    KINDS = ("mean", "sum", "dipole_norm", "node", "vector")
+
+    def __init__(self, config: MoietyConfig, kind: str, mean: float = 0.0, std: float = 1.0, unit: str = ""):
+        super().__init__()
+        if kind not in self.KINDS:
+            raise ValueError(f"task kind {kind!r} is not one of {', '.join(self.KINDS)}")
+        channels = config.hidden_size
+        self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
+        if kind != "vector":
+            self.scalar = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+        if kind in ("vector", "dipole_norm"):
+            self.vector = VectorHead(config)
+
+    def forward(self, trunk: MoietyOutput, positions: Tensor) -> Tensor:
+        features, graph_index, num_graphs = trunk.node_features, trunk.graph_index, len(trunk.graph_features)
+        if self.kind == "vector":
+            return self.std * self.vector(features)
+        scalar_N = self.scalar(features[:, 0]).squeeze(-1)
+        if self.kind == "mean":
+            value = mean_per_graph(scalar_N, graph_index, num_graphs)
+        elif self.kind == "sum":
+            value = sum_per_graph(scalar_N, graph_index, num_graphs)
+        elif self.kind == "node":
+            value = scalar_N
+        else:
+            charge_N = scalar_N - mean_per_graph(scalar_N, graph_index, num_graphs)[graph_index]  # neutral: no origin
+            vector_N3 = charge_N[:, None] * positions + self.vector(features)
+            dipole_B3 = sum_per_graph(vector_N3, graph_index, num_graphs)
+            return self.std * (dipole_B3.square().sum(-1) + 1e-6).sqrt()
+        return self.mean + self.std * value
+
+
+class MoietyForPrediction(MoietyPreTrainedModel):
+    """Trunk with the task heads named in `config.tasks`; all of them run, in the order of the config."""
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__(config)
+        self.moiety = MoietyModel(config)
+        self.heads = nn.ModuleDict({name: TaskHead(config, **spec) for name, spec in (config.tasks or {}).items()})
+        self.post_init()
+
+    def forward(self, positions: Tensor, **inputs: Any) -> MoietyPredictionOutput:
+        """Takes the inputs of `MoietyModel`; `predictions` maps each task to its values, in the task's unit."""
+        trunk = self.moiety(positions=positions, **inputs)
+        return MoietyPredictionOutput(
+            predictions={name: head(trunk, positions) for name, head in self.heads.items()}, **trunk
+        )
+
+
+MoietyModel.register_for_auto_class("AutoModel")
+MoietyForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = [
+    "MoietyForPreTraining",
+    "MoietyForPrediction",
+    "MoietyModel",
+    "MoietyPreTrainedModel",
+    "TaskHead",
+]
