@@ -1,0 +1,192 @@
+"""Structures as Arrow columns and back, without a copy on the way out.
+
+Arrays are flat lists (positions of N nodes: 3 N doubles); a named label is a column of its own: `scalar:gap`,
+`node_scalar:mulliken`, `group:split`.
+"""
+# Shapes: n structures in the shard, N nodes of one structure.
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from moiety.data.structure import Array, Structure
+
+GEOMETRY: dict[str, tuple[pa.DataType, tuple[int, ...]]] = {  # field -> stored type, shape in memory
+    "node_type": (pa.int16(), (-1,)),
+    "positions": (pa.float64(), (-1, 3)),
+    "node_vectors": (pa.float64(), (-1, 4, 3)),
+    "cell": (pa.float64(), (3, 3)),
+    "pbc": (pa.bool_(), (3,)),
+    "role": (pa.int8(), (-1,)),
+}
+LABELS: dict[str, tuple[pa.DataType, tuple[int, ...]]] = {
+    "residue_index": (pa.int32(), (-1,)),
+    "forces": (pa.float64(), (-1, 3)),
+    "stress": (pa.float64(), (3, 3)),
+    "dipole": (pa.float64(), (3,)),
+}
+ARRAYS = GEOMETRY | LABELS
+INTERNAL = {"energy", "charge", "spin", "num_nodes", "num_edges"}  # numbers that are not named labels
+STRINGS = ("id", "source", "domain", "theory")
+WIDE = {pa.int16(): np.int64, pa.int8(): np.int64, pa.int32(): np.int64}  # stored narrow, used as int64
+
+
+def table_from(structures: Sequence[Structure], num_edges: Array) -> pa.Table:
+    """One row a structure. Columns that nobody fills are left out.
+
+    Args:
+        structures: n of them.
+        num_edges: [n] directed neighbour pairs.
+    """
+    columns: dict[str, pa.Array] = {name: pa.array([getattr(s, name) for s in structures]) for name in STRINGS}
+    columns["charge"] = pa.array([s.charge for s in structures], pa.int32())
+    columns["spin"] = pa.array([s.spin for s in structures], pa.int32())
+    columns["num_nodes"] = pa.array([s.num_nodes for s in structures], pa.int32())
+    columns["num_edges"] = pa.array(num_edges, pa.int32())
+    columns["energy"] = pa.array([s.energy for s in structures], pa.float64())
+    for name, (kind, _) in ARRAYS.items():
+        columns[name] = _list_column([getattr(s, name) for s in structures], kind)
+    columns["chain"] = pa.array([s.chain for s in structures], pa.list_(pa.string()))
+    columns["text"] = pa.array([s.text or None for s in structures], pa.list_(pa.string()))
+    for name in _names(s.scalars for s in structures):
+        columns[f"scalar:{name}"] = pa.array([s.scalars.get(name) for s in structures], pa.float64())
+    for name in _names(s.node_scalars for s in structures):
+        columns[f"node_scalar:{name}"] = _list_column([s.node_scalars.get(name) for s in structures], pa.float64())
+    for name in _names(s.groups for s in structures):
+        columns[f"group:{name}"] = pa.array([s.groups.get(name) for s in structures], pa.string())
+    return pa.table({name: column for name, column in columns.items() if column.null_count < len(column)})
+
+
+def _names(dictionaries: Iterable[dict]) -> list[str]:
+    return sorted({name for dictionary in dictionaries for name in dictionary})
+
+
+def _list_column(arrays: Sequence[Array | None], kind: pa.DataType) -> pa.Array:
+    """A list column of flat arrays; None is null."""
+    flat = [np.zeros(0) if array is None else np.asarray(array).reshape(-1) for array in arrays]
+    offsets = np.cumsum([0, *(len(array) for array in flat)]).astype(np.int32)
+    values = pa.array(np.concatenate(flat).astype(kind.to_pandas_dtype()))
+    missing = pa.array([array is None for array in arrays])
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=missing)
+
+
+class _Lists:
+    """A list column as numpy: offsets and values are views of the mapped file."""
+
+    def __init__(self, column: pa.ListArray, shape: tuple[int, ...]) -> None:
+        self.offsets = column.offsets.to_numpy()
+        values = column.values
+        self.values = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
+        self.valid = column.is_valid().to_numpy(zero_copy_only=False)
+        self.shape = shape
+
+    def rows(self, indices: Array) -> list[Array | None]:
+        starts, stops = self.offsets[indices].tolist(), self.offsets[indices + 1].tolist()
+        values, shape = self.values, self.shape
+        return [
+            values[start:stop].reshape(shape) if valid else None
+            for start, stop, valid in zip(starts, stops, self.valid[indices].tolist(), strict=True)
+        ]
+
+
+class Shard:
+    """A shard's table, read by row. Columns are opened at first use."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+        self._lists: dict[str, _Lists] = {}
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def has(self, column: str) -> bool:
+        return column in self._columns
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the labels stored under a prefix such as "scalar:"."""
+        return [name.removeprefix(prefix) for name in self.table.column_names if name.startswith(prefix)]
+
+    def column(self, name: str) -> Array:
+        """[n] numbers of a column without nulls."""
+        return self.table[name].chunk(0).to_numpy()
+
+    def floats(self, name: str) -> Array:
+        """[n] float64 of a column, nan where it is null or absent."""
+        if not self.has(name):
+            return np.full(len(self), np.nan)
+        return self.table[name].chunk(0).to_numpy(zero_copy_only=False).astype(np.float64)
+
+    def strings(self, name: str) -> list[str]:
+        """[n] strings of a column, "" where it is null or absent."""
+        return [value or "" for value in self.table[name].to_pylist()] if self.has(name) else [""] * len(self)
+
+    def geometry(self, indices: Array) -> list[Structure]:
+        """Rows as structures with geometry, scalars, id and domain; arrays are views."""
+        columns = {name: self._rows(name, indices) for name in GEOMETRY}
+        ids = self.table["id"].chunk(0).take(pa.array(indices)).to_pylist()
+        charges, spins = self.column("charge")[indices].tolist(), self.column("spin")[indices].tolist()
+        names, values = self._scalars
+        rows = values[indices].tolist()
+        return [
+            Structure(
+                domain=domain,
+                id=ids[k],
+                charge=charges[k],
+                spin=spins[k],
+                scalars={name: value for name, value in zip(names, rows[k], strict=True) if value == value},
+                **{name: column[k] for name, column in columns.items()},
+            )
+            for k, domain in enumerate(self._domains[indices].tolist())
+        ]
+
+    def structure(self, index: int) -> Structure:
+        """One row with every field; arrays are copies."""
+        row = self.table.slice(index, 1)
+        plain = (*STRINGS, "charge", "spin", "energy", "chain")
+        fields = {name: row[name][0].as_py() for name in plain if self.has(name)}
+        for name in ARRAYS:
+            array = self._rows(name, np.array([index]))[0]
+            fields[name] = None if array is None else np.array(array)
+        names, values = self._scalars
+        return Structure(
+            **fields,
+            text=(row["text"][0].as_py() or []) if self.has("text") else [],
+            scalars={name: value for name, value in zip(names, values[index].tolist(), strict=True) if value == value},
+            node_scalars={
+                name: np.array(array)
+                for name in self.names("node_scalar:")
+                if (array := self._rows(f"node_scalar:{name}", np.array([index]))[0]) is not None
+            },
+            groups={
+                name: value for name in self.names("group:") if (value := row[f"group:{name}"][0].as_py()) is not None
+            },
+        )
+
+    def _rows(self, name: str, indices: Array) -> list[Array | None]:
+        if not self.has(name):
+            return [None] * len(indices)
+        kind, shape = ARRAYS.get(name, (pa.float64(), (-1,)))
+        if name not in self._lists:
+            self._lists[name] = _Lists(self.table[name].chunk(0), shape)
+        rows = self._lists[name].rows(indices)
+        wide = WIDE.get(kind)
+        return [None if row is None else row.astype(wide) for row in rows] if wide else rows
+
+    @cached_property
+    def _columns(self) -> set[str]:
+        return set(self.table.column_names)
+
+    @cached_property
+    def _domains(self) -> Array:
+        return np.array(self.table["domain"].to_pylist(), dtype=object)
+
+    @cached_property
+    def _scalars(self) -> tuple[list[str], Array]:
+        """Names of the scalar labels, and their values [n, names], nan where missing."""
+        names = self.names("scalar:")
+        values = [self.floats(f"scalar:{name}") for name in names]
+        return names, np.stack(values, axis=1) if names else np.empty((len(self), 0))

@@ -1,0 +1,218 @@
+"""Is this a structure? Reason codes with their remedies in one table, and the checks that give them.
+
+`check` judges a structure that was read; `verdicts` judges a file, one verdict a structure, and never raises for
+what a file holds.
+"""
+# Shapes: N nodes.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moiety.data.structure import Array, Structure
+from moiety.models.vocabulary_moiety import DOMAIN_ID, FIRST_RESIDUE, MASK, VOCAB_SIZE
+
+MIN_DISTANCE = 0.3  # Å, between two nodes one of which is an atom
+MIN_RESIDUE_DISTANCE = 1.0  # Å, between two residues (CA to CA)
+MIN_LENGTH, MAX_LENGTH = 0.5, 10_000.0  # Å, of a lattice vector
+MIN_SPREAD = 1e-3  # |det cell| / (a b c): below, the vectors lie in one plane
+MAX_NODES = 100_000
+MAX_DENSE = 128  # nodes for which all pairs are cheaper than a cell list
+
+REMEDIES = {  # reason code -> what the user can do
+    # the file
+    "no-file": "check the path",
+    "empty-file": "the file holds nothing: export it again",
+    "unknown-format": "use one of .xyz .extxyz .cif .mmcif .pdb .ent .sdf .mol (optionally .gz or .xz)",
+    "binary-garbage": "the file is not text: check that it is what its name says, and copy it again",
+    "unreadable": "the parser could not follow the file: export it again with a current program",
+    "truncated": "the file ends too early: copy or export it again",
+    "wrong-counts": "the declared number of atoms is not the number of lines: export the structure again",
+    "no-atoms": "the structure has no atoms: check the export, or that the file is a coordinate file",
+    # the atoms
+    "unknown-element": "only elements 1 to 118 are known: replace dummy atoms and check the element column",
+    "not-finite": "a coordinate is NaN or infinite: recompute the geometry or remove the structure",
+    "overlap": "two nodes are at (nearly) the same place: remove duplicates, alternative locations or images",
+    "partial-occupancy": "sites are disordered: order them first (pymatgen's OrderDisorderedStructureTransformation)",
+    "flat-2d": "the coordinates are a 2-D drawing: generate 3-D ones (rdkit.Chem.AllChem.EmbedMolecule)",
+    "no-usable-residues": "no residue has N, CA and C: use a full-backbone model, or all_atom for what there is",
+    "too-many-nodes": f"more than {MAX_NODES} nodes: cut the structure, or read residues instead of atoms",
+    # the cell
+    "pbc-without-cell": "periodic directions need lattice vectors: add the cell or turn pbc off",
+    "cell-not-finite": "a lattice vector holds NaN or infinity: correct the cell",
+    "singular-cell": "the lattice vectors lie in one plane (or one is zero): correct the cell",
+    "tiny-cell": f"a lattice vector is shorter than {MIN_LENGTH} Å: check the unit of length",
+    "huge-cell": f"a lattice vector is longer than {MAX_LENGTH:.0f} Å: check the unit of length",
+    # the record
+    "wrong-shape": "an array does not have one row a node (or is not 3 x 3): correct it where the record is made",
+    "bad-label": "a label is NaN or infinite: remove it, or the structure",
+    "unknown-domain": f"use one of {', '.join(DOMAIN_ID)}",
+    "duplicate-id": "another structure of the source has this id: make ids unique",
+}
+
+Problem = tuple[str, str, str]  # code, reason, remedy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found at one place of one file: a structure, or the reason why there is none."""
+
+    file: str
+    index: int  # place in the file, from 0
+    ok: bool
+    code: str = "ok"
+    reason: str = ""
+    remedy: str = ""
+    structure: Structure | None = None
+
+
+class Rejected(Exception):
+    """Raised by readers for content that is no structure; carries a reason code and what was seen."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        assert code in REMEDIES, code
+        self.code = code
+        self.reason = reason
+
+
+def verdicts(path: str | Path, all_atom: bool = False) -> Iterator[Verdict]:
+    """One verdict a structure of the file, in order. Bad content is a verdict, never an exception.
+
+    Args:
+        path: a structure file.
+        all_atom: read proteins as atoms instead of residues.
+    """
+    from moiety.data.readers import items  # the readers raise what this module defines
+
+    for index, item in enumerate(items(Path(path), all_atom)):
+        if isinstance(item, Rejected):
+            problem: Problem | None = (item.code, item.reason, REMEDIES[item.code])
+        else:
+            problem = check(item)
+        if problem is not None:
+            yield Verdict(str(path), index, False, *problem)
+        else:
+            assert isinstance(item, Structure)
+            yield Verdict(str(path), index, True, structure=item)
+
+
+def check(structure: Structure) -> Problem | None:
+    """The first thing that is wrong with a structure as (code, reason, remedy), or None. 30 µs for a small molecule."""
+    found = _first_problem(structure)
+    return None if found is None else (*found, REMEDIES[found[0]])
+
+
+def _first_problem(structure: Structure) -> tuple[str, str] | None:
+    node_type, positions = structure.node_type, structure.positions
+    num_nodes = len(node_type)
+    if num_nodes == 0:
+        return "no-atoms", "the structure has no atoms"
+    if num_nodes > MAX_NODES:
+        return "too-many-nodes", f"{num_nodes} nodes"
+    if structure.domain not in DOMAIN_ID:
+        return "unknown-domain", f"domain {structure.domain!r}"
+    shape = _wrong_shape(structure)
+    if shape is not None:
+        return "wrong-shape", shape
+    if node_type.min() < 1 or node_type.max() >= VOCAB_SIZE:
+        node = int(np.flatnonzero((node_type < 1) | (node_type >= VOCAB_SIZE))[0])
+        return "unknown-element", f"node {node} has type {node_type[node]}"
+    if not np.isfinite(positions).all():
+        node = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
+        return "not-finite", f"node {node} is at {positions[node].tolist()}"
+    if structure.node_vectors is not None and not np.isfinite(structure.node_vectors).all():
+        return "not-finite", "a backbone offset is NaN or infinite"
+    if structure.pbc is not None and np.any(structure.pbc):
+        problem = _cell_problem(structure.cell, np.asarray(structure.pbc, dtype=bool))
+        if problem is not None:
+            return problem
+    return _overlap(structure) or _bad_label(structure)
+
+
+def _wrong_shape(structure: Structure) -> str | None:
+    num_nodes = len(structure.node_type)
+    if len(structure.positions) != num_nodes:
+        return f"{num_nodes} node types and {len(structure.positions)} positions"
+    per_node = ("role", "chain", "residue_index", "node_vectors", "forces")
+    for name in per_node:
+        value = getattr(structure, name)
+        if value is not None and len(value) != num_nodes:
+            return f"{num_nodes} nodes and {len(value)} rows of {name}"
+    for name, values in structure.node_scalars.items():
+        if len(values) != num_nodes:
+            return f"{num_nodes} nodes and {len(values)} values of {name}"
+    for name, shape in (("cell", (3, 3)), ("stress", (3, 3)), ("pbc", (3,)), ("dipole", (3,))):
+        value = getattr(structure, name)
+        if value is not None and np.shape(value) != shape:
+            return f"{name} has the shape {np.shape(value)}"
+    return None
+
+
+def _cell_problem(cell: Array | None, pbc: Array) -> tuple[str, str] | None:
+    """Left-handed cells are fine. Only the vectors of periodic directions must be there."""
+    if cell is None or not np.any(np.asarray(cell)[pbc]):
+        return "pbc-without-cell", f"pbc is {pbc.tolist()} and there are no lattice vectors"
+    vectors = np.asarray(cell, dtype=np.float64)[pbc]
+    if not np.isfinite(vectors).all():
+        return "cell-not-finite", f"the cell is {vectors.tolist()}"
+    lengths = np.linalg.norm(vectors, axis=1)
+    # the volume that the periodic vectors span: length, area or |det|
+    spread = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
+    if spread <= MIN_SPREAD * lengths.prod():
+        return "singular-cell", f"lattice vectors of {np.round(lengths, 3).tolist()} Å span no volume"
+    if lengths.min() < MIN_LENGTH:
+        return "tiny-cell", f"a lattice vector of {lengths.min():.3g} Å"
+    if lengths.max() > MAX_LENGTH:
+        return "huge-cell", f"a lattice vector of {lengths.max():.3g} Å"
+    return None
+
+
+def _overlap(structure: Structure) -> tuple[str, str] | None:
+    node_type = structure.node_type
+    residue = (node_type >= FIRST_RESIDUE) & (node_type < MASK)
+    reach = MIN_RESIDUE_DISTANCE if residue.any() else MIN_DISTANCE
+    first, second, distance = _close_pairs(structure, reach)
+    if len(first) and reach > MIN_DISTANCE:
+        near = (distance < MIN_DISTANCE) | (residue[first] & residue[second])
+        first, second, distance = first[near], second[near], distance[near]
+    if len(first) == 0:
+        return None
+    i, j = int(first[0]), int(second[0])
+    if i == j:
+        return "overlap", f"node {i} is {distance[0]:.2f} Å from its own periodic image"
+    return "overlap", f"nodes {i} and {j} are {distance[0]:.2f} Å apart"
+
+
+def _close_pairs(structure: Structure, reach: float) -> tuple[Array, Array, Array]:
+    """Pairs closer than reach, periodic images included: indices i <= j and distances."""
+    positions = structure.positions
+    if not structure.periodic and len(positions) <= MAX_DENSE:
+        x, y, z = positions.T
+        square = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2 + (z[:, None] - z) ** 2
+        if len(positions) == 1 or np.partition(square.reshape(-1), len(positions))[len(positions)] >= reach**2:
+            return np.empty(0, int), np.empty(0, int), np.empty(0)
+        first, second = np.nonzero(np.triu(square < reach**2, k=1))
+        return first, second, np.sqrt(square[first, second])
+    from moiety.models.feature_extraction_moiety import neighbor_list, pack  # torch: small open systems do without
+
+    arrays = pack([vars(structure)])
+    (second, first), shift = neighbor_list(
+        positions, arrays["node_type"], arrays["graph_index"], arrays["cell"], arrays["pbc"], reach
+    )
+    once = first <= second
+    first, second = first[once], second[once]
+    distance = np.linalg.norm(positions[second] + shift[once] - positions[first], axis=1)
+    return first, second, distance
+
+
+def _bad_label(structure: Structure) -> tuple[str, str] | None:
+    for name in ("energy", "forces", "stress", "dipole"):
+        value = getattr(structure, name)
+        if value is not None and not np.isfinite(value).all():
+            return "bad-label", f"{name} is not finite"
+    return None
