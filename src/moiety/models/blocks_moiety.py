@@ -100,17 +100,17 @@ class LocalAttention(nn.Module):
         angle_NMD = torch.cat(angles, dim=1)
         channels = angle_NMD.shape[-1]
 
-        # one gather for everything of the neighbour, heads first so that both products below are plain bmm
-        q_HNd, k_HNd = (rms_normalize(t.view(num_nodes, heads, -1)).transpose(0, 1) for t in (q, k))
+        # values are gathered heads first, so that the product with the weights below is a plain bmm
         value_HNF = torch.cat(moved, dim=1).view(num_nodes, width, heads, -1).permute(2, 0, 1, 3).flatten(2)
-        gathered = torch.cat([k_HNd, value_HNF], dim=-1).index_select(1, neighbors.source)
-        k_j, value_j = gathered.view(heads, num_nodes, most, -1).split([channels // heads, value_HNF.shape[-1]], dim=-1)
+        value_j = value_HNF.index_select(1, neighbors.source).view(heads, num_nodes, most, -1)
+        q, k = (rms_normalize(t.view(num_nodes, heads, -1)) for t in (q, k))
+        k_j = k.index_select(0, neighbors.source).view(num_nodes, most, heads, -1)
         g_j = g.squeeze(1).index_select(0, neighbors.source).view(num_nodes, most, channels)
 
         angle_NKD = torch.bmm(neighbors.harmonics, angle_NMD) / math.sqrt(width)
-        logit_HNK = (self.radial_logit(neighbors.radial) + self.angle_logit(angle_NKD)).permute(2, 0, 1)
-        logit_HNK = logit_HNK + (k_j @ q_HNd.unsqueeze(-1)).squeeze(-1) / math.sqrt(channels // heads)
-        alpha_HNK = self._weights(logit_HNK, neighbors.envelope)
+        logit_NKH = self.radial_logit(neighbors.radial) + self.angle_logit(angle_NKD)
+        logit_NKH = logit_NKH + (k_j * q.unsqueeze(1)).sum(-1) / math.sqrt(channels // heads)
+        alpha_HNK = self._weights(logit_NKH.permute(2, 0, 1), neighbors.envelope)
         transported_HNF = (alpha_HNK.unsqueeze(-2) @ value_j).squeeze(-2)
         transported = transported_HNF.view(heads, num_nodes, width, -1).permute(1, 2, 0, 3).flatten(2)
 

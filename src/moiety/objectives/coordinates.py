@@ -1,0 +1,56 @@
+"""Coordinate denoising: recover the noise that was added to the positions.
+
+Predicting unit-variance noise is, up to scale, learning the score of the data distribution; near equilibrium
+structures that score is a force field (Zaidi et al. 2022, arXiv 2206.00133, eq. 5).
+"""
+# Shapes: B structures, N nodes.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moiety.objectives.base import Objective, log_uniform, remove_mean, sum_by_structure
+from moiety.tokens.batch import Batch
+
+
+@dataclass(frozen=True)
+class CoordinateDenoisingConfig:
+    sigma_min: float = 0.01  # Å
+    sigma_max: float = 0.30  # Å
+    hide_sigma: float = 0.2  # share of structures that are not told their noise level
+    weight: float = 1.0
+
+
+class CoordinateDenoising(Objective):
+    """Adds centred Gaussian noise to every position; reads it back from the vector head.
+
+    The noise level is one number a structure and the head is shared, so domains mix freely. Removing the mean leaves
+    N - 1 of N degrees of freedom; the error is scaled by N / (N - 1), so that predicting zero scores exactly 1 on average.
+    """
+
+    name = "coordinates"
+
+    def __init__(self, config: CoordinateDenoisingConfig):
+        self.config = config
+        self.weight = config.weight
+
+    def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
+        config = self.config
+        sigma_B = log_uniform(batch.num_structures, config.sigma_min, config.sigma_max, rng).to(batch.positions)
+        noise_N3 = remove_mean(torch.randn(batch.positions.shape, generator=rng).to(batch.positions), batch)
+        told_B = torch.rand(batch.num_structures, generator=rng) >= config.hide_sigma
+        return batch.replace(
+            positions=batch.positions + sigma_B[batch.graph_index, None] * noise_N3,
+            noise_level=torch.where(told_B, sigma_B, torch.nan),
+            targets=batch.targets | {"noise": noise_N3},
+        )
+
+    def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        error_N = (output.noise - batch.targets["noise"]).square().mean(-1)
+        count_B = batch.num_nodes_B.to(error_N.dtype)
+        applies_B = (count_B > 1).to(error_N.dtype)  # a lone atom has no noise left once its mean is removed
+        return applies_B * sum_by_structure(error_N, batch) / (count_B - 1).clamp(min=1), applies_B
