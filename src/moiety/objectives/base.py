@@ -22,6 +22,13 @@ class Objective(ABC):
         return batch
 
     @abstractmethod
+    def scored(self, batch: Batch) -> Tensor:
+        """Number of scored items of each structure [B], 0 where the objective does not apply; known before the forward.
+
+        The engine divides by their sum over all ranks and micro-batches of a step, so it asks first.
+        """
+
+    @abstractmethod
     def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss summed over the scored items of each structure [B], and their number [B] (0: does not apply).
 

@@ -48,8 +48,11 @@ class CellDenoising(Objective):
             targets=batch.targets | {"strain": unit_B33},
         )
 
+    def scored(self, batch: Batch) -> Tensor:
+        return batch.pbc.all(-1).to(batch.positions.dtype)
+
     def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        applies_B = batch.pbc.all(-1).to(output.strain.dtype)
+        applies_B = self.scored(batch)
         error_B33 = (output.strain - batch.targets["strain"]).square()
         six = torch.triu(torch.ones(3, 3)).to(error_B33) / 6
         return applies_B * (error_B33 * six).sum(dim=(1, 2)), applies_B

@@ -49,8 +49,12 @@ class CoordinateDenoising(Objective):
             targets=batch.targets | {"noise": noise_N3},
         )
 
+    def scored(self, batch: Batch) -> Tensor:
+        # a lone atom has no noise left once its mean is removed
+        return (batch.num_nodes_B > 1).to(batch.positions.dtype)
+
     def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         error_N = (output.noise - batch.targets["noise"]).square().mean(-1)
         count_B = batch.num_nodes_B.to(error_N.dtype)
-        applies_B = (count_B > 1).to(error_N.dtype)  # a lone atom has no noise left once its mean is removed
+        applies_B = self.scored(batch)
         return applies_B * sum_by_structure(error_N, batch) / (count_B - 1).clamp(min=1), applies_B

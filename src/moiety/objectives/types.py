@@ -51,12 +51,15 @@ class MaskedTypes(Objective):
         )
         return spoiled.select_nodes(~self._hydrogens_of(hidden, batch))
 
+    def scored(self, batch: Batch) -> Tensor:
+        return sum_by_structure((batch.targets["types"] >= 0).to(batch.positions.dtype), batch)
+
     def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         target = batch.targets["types"]
         scored = target >= 0
         # every node enters the graph, the unscored ones with factor zero: the same graph on every rank
         loss_N = F.cross_entropy(output.type_logits, target.clamp(min=0), reduction="none") * scored
-        return sum_by_structure(loss_N, batch), sum_by_structure(scored.to(loss_N.dtype), batch)
+        return sum_by_structure(loss_N, batch), self.scored(batch)
 
     def trivial_loss(self, node_type: Tensor) -> float:
         """Entropy of the sample's own distribution of heavy atoms and residues, nats."""
