@@ -44,7 +44,9 @@ def _processor(auto: Any) -> None:
 
 REGISTRATIONS: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _config,
+    "transformers.models.auto.modeling_auto": _models,
     "transformers.models.auto.feature_extraction_auto": _feature_extractor,
+    "transformers.models.auto.processing_auto": _processor,
 }
 
 

@@ -1,0 +1,177 @@
+"""The command `moiety`: exit 0 done, 2 bad input or usage, 1 failure; results on stdout, everything else on stderr.
+
+A command imports what it needs when it runs, so that `moiety --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from moiety import __version__
+from moiety.errors import InputError
+
+GROUPS = {"data": "moiety.data.cli"}  # subcommand -> module whose `app` holds it, imported on use
+
+
+class Commands(typer.core.TyperGroup):
+    """The top-level commands, plus the groups that other modules own."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*GROUPS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in GROUPS:
+            return super().get_command(ctx, cmd_name)
+        command = typer.main.get_command(importlib.import_module(GROUPS[cmd_name]).app)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Foundation models of matter: corpora, predictions, embeddings, reports.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Files = Annotated[list[Path], typer.Argument(help="Structure files, or folders of them.")]
+ModelDir = Annotated[Path, typer.Option("--model", help="Directory of an exported model.")]
+BatchNodes = Annotated[int, typer.Option(min=1, help="Nodes (atoms, residues) a batch may hold.")]
+AllAtom = Annotated[bool, typer.Option(help="Read proteins atom by atom instead of residue by residue.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def note(message: str) -> None:
+    """Says something to the person at the terminal, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"moiety {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def predict(
+    files: Files,
+    model: ModelDir,
+    adapter: Annotated[Path | None, typer.Option(help="peft directory of a fine-tuned adapter.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the lines here (.jsonl) instead of to stdout.")] = None,
+    batch_nodes: BatchNodes = 2048,
+    all_atom: AllAtom = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict properties: one JSON line per structure, in order; exit 2 if any of them was broken."""
+    from moiety.inference.predict import load_predictor, predict_files
+
+    predictor = load_predictor(model, adapter)
+    counts = {"ok": 0, "broken": 0}
+    lines = []
+    sink = out.open("w", encoding="utf-8") if out else None
+    try:
+        for line in predict_files(predictor, files, batch_nodes, all_atom):
+            counts["ok" if line["ok"] else "broken"] += 1
+            if sink:
+                sink.write(json.dumps(line) + "\n")
+            elif as_json:
+                lines.append(line)
+            else:
+                print(json.dumps(line), flush=True)
+    finally:
+        if sink:
+            sink.close()
+    if as_json:
+        print(json.dumps({**counts, **({"out": str(out)} if out else {"predictions": lines})}))
+    where = f", written to {out}" if out else ""
+    note(f"{counts['ok']} structures predicted, {counts['broken']} broken{where}")
+    if counts["broken"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def embed(
+    files: Files,
+    model: ModelDir,
+    out: Annotated[Path, typer.Option(help="The .npz file to write.")],
+    level: Annotated[str, typer.Option(help="graph: one vector a structure; node: one a node.")] = "graph",
+    batch_nodes: BatchNodes = 2048,
+    all_atom: AllAtom = False,
+    as_json: AsJson = False,
+) -> None:
+    """Embed structures into an .npz file; exit 2 if any of them was broken (those are left out and named)."""
+    from moiety.inference.embed import embed_files, load_encoder
+
+    if level not in ("graph", "node"):
+        raise InputError(f"--level {level}: choose graph or node")
+    broken = embed_files(load_encoder(model), files, level, out, batch_nodes, all_atom)
+    for verdict in broken:
+        note(f"{verdict.file} [{verdict.index}] left out: {verdict.reason}; {verdict.remedy}")
+    if as_json:
+        print(json.dumps({"out": str(out), "level": level, "broken": len(broken)}))
+    note(f"written to {out}, {len(broken)} broken")
+    if broken:
+        raise typer.Exit(2)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory (the --out of a training script).")],
+    out: Annotated[Path | None, typer.Option(help="Default: report.html in the run directory.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="Print the table of results only, write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Redraw the report of a run, finished or not, from the files in its directory."""
+    from moiety.inference.run_files import RunFiles
+    from moiety.inference.summary import print_summary, summary
+
+    files = RunFiles.open(run)
+    if not table:
+        from moiety.inference.report import write_report
+
+        path = write_report(run, out)
+        note(f"report: {path}")
+    if as_json:
+        print(json.dumps(summary(files)))
+    elif table:
+        print_summary(summary(files))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; the only place that turns exceptions into messages and exit codes."""
+    try:
+        app(args=argv, prog_name="moiety")
+    except InputError as error:
+        note(f"error: {error}")
+        return 2
+    except Exception as error:
+        if os.environ.get("MOIETY_DEBUG"):
+            traceback.print_exc()
+        else:
+            note(f"failed: {type(error).__name__}: {error} (MOIETY_DEBUG=1 shows where)")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Writes down beside a finished run what its report needs and its log does not hold."""
+# Shapes: n structures, N nodes.
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moiety.data.shards import Corpus
+from moiety.data.structure import Structure
+from moiety.inference.examples import denoising_examples
+from moiety.objectives import Objective
+from moiety.tokens.batch import collate
+
+PACKAGES = ("moiety", "torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "vesin")
+EXAMPLE_NODES = {"protein": (40, 120)}  # how large a structure is easy to look at
+DEFAULT_EXAMPLE_NODES = (6, 60)
+
+
+def describe_run(
+    run_dir: Path,
+    model: Any,
+    corpora: Sequence[Corpus],
+    objectives: Sequence[Objective],
+    sigma: float = 0.1,
+    seed: int = 0,
+    num_trivial: int = 1000,
+) -> None:
+    """Writes run.json, trivial.json and denoising_examples.json (see `moiety.inference.run_files`).
+
+    Args:
+        run_dir: the run directory.
+        model: the trained `MoietyForPreTraining`.
+        corpora: what it was trained on; one structure of each domain becomes an example.
+        objectives: of the run.
+        sigma: noise of the examples, Å.
+        seed: of all random choices.
+        num_trivial: structures of each domain from which the trivial predictors' losses are estimated.
+    """
+    rng = np.random.default_rng(seed)
+    by_domain: dict[str, list[Structure]] = {}
+    for corpus in corpora:
+        chosen = rng.permutation(len(corpus))[:num_trivial]
+        by_domain.setdefault(corpus.domain, []).extend(corpus.read(chosen))
+    shown = [_easy_to_see(domain, structures) for domain, structures in by_domain.items()]
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "model": {key: getattr(model.config, key) for key in ("hidden_size", "num_layers", "lmax", "cutoff")},
+        "corpora": {
+            str(corpus.manifest["name"]): {
+                "domain": corpus.domain,
+                "structures": len(corpus),
+                "nodes": int(corpus.num_nodes.sum()),
+                "licence": corpus.manifest["licence"],
+            }
+            for corpus in corpora
+        },
+        "machine": {
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cores": torch.get_num_threads(),
+        },
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    trivial = {domain: trivial_losses(structures, objectives, seed) for domain, structures in by_domain.items()}
+    for name, content in (
+        ("run.json", facts),
+        ("trivial.json", trivial),
+        ("denoising_examples.json", denoising_examples(model, shown, sigma, seed)),
+    ):
+        (Path(run_dir) / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def trivial_losses(
+    structures: list[Structure], objectives: Sequence[Objective], seed: int = 0, batch_size: int = 100
+) -> dict[str, float]:
+    """What predictors that look at nothing score on these structures: the figure every loss has to beat.
+
+    Types: the cross-entropy (nats) of the empirical distribution of the hidden types. Everything else: the objective's
+    own `trivial_loss` (predicting zero). Objectives that score nothing here are left out.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    sums = {objective.name: torch.zeros(2, dtype=torch.float64) for objective in objectives}
+    hidden_types = []
+    for start in range(0, len(structures), batch_size):
+        batch = collate(structures[start : start + batch_size])
+        for objective in objectives:
+            batch = objective.corrupt(batch, rng)
+        for objective in objectives:
+            if objective.name == "types":
+                hidden_types.append(batch.targets["types"][batch.targets["types"] >= 0])
+            else:
+                sums[objective.name] += torch.stack([term.double().sum() for term in objective.trivial_loss(batch)])
+    losses = {name: float(total / count) for name, (total, count) in sums.items() if count > 0}
+    if hidden_types and len(counts := torch.bincount(torch.cat(hidden_types))):
+        share = counts[counts > 0].double() / counts.sum()
+        losses["types"] = float(-(share * share.log()).sum())
+    return losses
+
+
+def _easy_to_see(domain: str, structures: list[Structure]) -> Structure:
+    """The first structure whose size suits a picture, or the smallest one."""
+    low, high = EXAMPLE_NODES.get(domain, DEFAULT_EXAMPLE_NODES)
+    suited = (s for s in structures if low <= s.num_nodes <= high and len(np.unique(s.node_type)) > 1)
+    return next(suited, min(structures, key=lambda s: s.num_nodes))

@@ -1,0 +1,103 @@
+"""Predictions for files: every structure gets its line, in order; a broken one gets a line that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moiety.data.structure import Structure
+from moiety.data.validate import Verdict
+from moiety.errors import InputError
+from moiety.inference.loading import batches, read_model_config
+
+PER_NODE = ("node", "vector")  # kinds of task heads that answer for every node
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model with task heads, ready to be called on structures."""
+
+    model: Any  # MoietyForPrediction, possibly wrapped by peft
+    processor: Any  # MoietyProcessor
+    tasks: dict[str, Any]  # name -> {"kind", "unit", ...}, as in MoietyConfig.tasks
+
+    def __call__(self, structures: list[Structure]) -> list[dict[str, Any]]:
+        """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}."""
+        with torch.no_grad():
+            output = self.model(**self.processor(structures))
+        sizes = [structure.num_nodes for structure in structures]
+        values = {
+            name: value.split(sizes) if self.tasks[name]["kind"] in PER_NODE else value
+            for name, value in output.predictions.items()
+        }
+        return [
+            {
+                name: {"value": parts[b].tolist(), "unit": self.tasks[name].get("unit", "")}
+                for name, parts in values.items()
+            }
+            for b in range(len(structures))
+        ]
+
+
+def load_predictor(model_dir: Path, adapter_dir: Path | None = None) -> Predictor:
+    """Loads an exported model with task heads, or any export with an adapter that brings them.
+
+    Raises:
+        InputError: a directory is not what it should be, or nothing here predicts a property.
+    """
+    config = read_model_config(model_dir)
+    if adapter_dir is not None:
+        if not (Path(adapter_dir) / "adapter_config.json").is_file():
+            raise InputError(
+                f"{adapter_dir}: no adapter here (adapter_config.json is missing); give the directory "
+                "that finetune/lora.py wrote"
+            )
+        from moiety.adapters import load_adapted
+
+        model, processor = load_adapted(model_dir, adapter_dir)
+    else:
+        if "MoietyForPrediction" not in (config.get("architectures") or []):
+            kind = ", ".join(config.get("architectures") or ["bare trunk"])
+            raise InputError(
+                f"{model_dir}: this model has no task head (it is a {kind}); "
+                "fine-tune it with finetune/lora.py and pass --adapter DIR, or use `moiety embed`"
+            )
+        from moiety.models.modeling_moiety import MoietyForPrediction
+        from moiety.models.processing_moiety import MoietyProcessor
+
+        model = MoietyForPrediction.from_pretrained(model_dir)
+        processor = MoietyProcessor.from_pretrained(model_dir)
+    return Predictor(model.eval(), processor, model.config.tasks or {})
+
+
+def predict_files(
+    predictor: Predictor, paths: Iterable[Path], batch_nodes: int = 2048, all_atom: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One JSON-ready dictionary per structure of the files and folders, in order.
+
+    Yields:
+        {file, index, id, ok: True, predictions: {task: {value, unit}}} or
+        {file, index, id, ok: False, error: {code, reason, remedy}}.
+    """
+    for chunk in batches(paths, batch_nodes, all_atom):
+        structures = [verdict.structure for verdict in chunk if verdict.structure is not None]
+        predicted = iter(predictor(structures) if structures else [])
+        for verdict in chunk:
+            yield _line(verdict, None if verdict.structure is None else next(predicted))
+
+
+def _line(verdict: Verdict, predictions: dict[str, Any] | None) -> dict[str, Any]:
+    name = verdict.structure.id if verdict.structure is not None else ""
+    line = {
+        "file": str(verdict.file),
+        "index": verdict.index,
+        "id": name or f"{Path(verdict.file).stem}-{verdict.index}",
+        "ok": predictions is not None,
+    }
+    if predictions is not None:
+        return {**line, "predictions": predictions}
+    return {**line, "error": {"code": verdict.code, "reason": verdict.reason, "remedy": verdict.remedy}}
