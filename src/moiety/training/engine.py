@@ -1,0 +1,255 @@
+"""The DeepSpeed side of training: start-up without its traps, the JSON's blanks filled, weights averaged and gathered.
+
+The same code runs under `deepspeed`, `torchrun` and plain `python`, which is a group of one process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moiety.errors import InputError
+from moiety.training.config import OptimizerConfig, TrainingConfig
+
+REPOSITORY = Path(__file__).parents[3]
+REMOVED_KEYS = (
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "eigenvalue",
+    "elasticity",
+    "graph_harvesting",
+    "nebula",
+    "progressive_layer_drop",
+    "quantize_training",
+    "sparse_attention",
+    "sparse_gradients",
+)
+OWNED_KEYS = {"optimizer": "optimizer", "scheduler": "optimizer", "bf16": "training.precision", "fp16": "training.precision"}
+
+
+def start_distributed() -> tuple[int, int]:
+    """Joins the launcher's processes, or makes a group of one. Returns rank and world size; may be called again."""
+    if torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # no search, no warning
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    # On a CPU, DeepSpeed would compile this collective at every first start (most of a minute; a killed build leaves a
+    # lock on which later starts hang without a word). gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update(alone)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    _warn_of_stale_locks()
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig, micro_batches: int) -> Any:
+    """The DeepSpeed engine for a model, with AdamW over what requires a gradient.
+
+    Args:
+        model: any module; matrices decay, biases, norms and other vectors do not.
+        optimizer: see OptimizerConfig.
+        training: `ds` names the DeepSpeed JSON.
+        micro_batches: per optimizer step, over all ranks.
+
+    Raises:
+        InputError: `micro_batches` that the ranks cannot share, a DeepSpeed JSON with leftover or unknown parts.
+    """
+    import deepspeed
+
+    _, world = start_distributed()
+    if micro_batches % world:
+        raise InputError(
+            f"data.micro_batches={micro_batches} cannot be shared by {world} processes; "
+            f"set data.micro_batches={-(-micro_batches // world) * world}"
+        )
+    settings = load_ds_config(training.ds, optimizer, training, micro_batches // world)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, fused=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about CUDA features, on machines without CUDA
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
+    return engine
+
+
+def find_ds_config(name: str) -> Path:
+    """The JSON that `training.ds` means: a path, or a name in launch/ds of the working directory or the repository."""
+    candidates = [Path(name), *(root / "launch/ds" / f"{name}.json" for root in (Path.cwd(), REPOSITORY))]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.stem for root in (Path.cwd(), REPOSITORY) for path in (root / "launch/ds").glob("*.json"))
+    raise InputError(f"training.ds={name}: no such file, and launch/ds has {', '.join(dict.fromkeys(known)) or 'none'}")
+
+
+def load_ds_config(
+    name: str, optimizer: OptimizerConfig, training: TrainingConfig, accumulation: int
+) -> dict[str, Any]:
+    """A DeepSpeed JSON with every "auto" filled from the recipe.
+
+    Raises:
+        InputError: not JSON; an "auto" that nothing fills; a key that DeepSpeed removed, or that the recipe owns.
+    """
+    path = find_ds_config(name)
+    try:
+        settings = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    for key in settings:
+        if key in REMOVED_KEYS:
+            raise InputError(f"{path}: {key!r} was removed from DeepSpeed and would be ignored; delete it")
+        if key in OWNED_KEYS:
+            raise InputError(f"{path}: {key!r} belongs to the recipe; set {OWNED_KEYS[key]} there and delete it here")
+    fillings = {
+        "train_micro_batch_size_per_gpu": 1,  # a micro-batch is counted in nodes and edges, not in structures
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optimizer.grad_clip,
+        "torch_autocast.enabled": training.precision == "bf16",
+    }
+    return _fill(settings, fillings, path, "")
+
+
+def _fill(node: dict[str, Any], fillings: dict[str, Any], path: Path, prefix: str) -> dict[str, Any]:
+    filled = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            value = _fill(value, fillings, path, f"{prefix}{key}.")
+        elif value == "auto":
+            if prefix + key not in fillings:
+                raise InputError(f'{path}: {prefix}{key} is "auto"; only {", ".join(fillings)} are filled in')
+            value = fillings[prefix + key]
+        filled[key] = value
+    return filled
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def apply_step(engine: Any) -> tuple[bool, float]:
+    """Ends a micro-batch, and after the last one of a step updates the weights.
+
+    Gradients that are not finite are never applied. They are summed over the ranks first, so every rank decides the same:
+    ZeRO 1-3 look at the norm themselves; without ZeRO this function does.
+
+    Returns:
+        whether the weights were updated, and the norm of the gradient (meaningful after the last micro-batch).
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return False, 0.0
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return engine.was_step_applied(), float(engine.get_global_grad_norm())
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    finite = bool(torch.isfinite(norm))
+    if not finite:
+        engine.module.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
+    engine.step()
+    return finite, float(norm)
+
+
+class WeightAverage:
+    """Exponential moving average of the fp32 weights, held as each rank's own partition under ZeRO.
+
+    The decay grows from 0 as (1 + t) / (10 + t), so early averages forget the initial weights.
+    """
+
+    def __init__(self, engine: Any, decay: float) -> None:
+        self.decay = decay
+        self._engine = engine
+        self.means = [master.detach().clone() for master in master_weights(engine)] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if not self.decay:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, master in zip(self.means, master_weights(self._engine), strict=True):
+            mean.lerp_(master, 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The averages stand in the place of the fp32 weights, for gathering."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for mean, master in zip(self.means, master_weights(self._engine) if self.means else [], strict=True):
+            kept = master.detach().clone()
+            master.copy_(mean)
+            mean.copy_(kept)
+
+
+def master_weights(engine: Any) -> list[Tensor]:
+    """The fp32 tensors that the optimizer updates on this rank: whole parameters, or this rank's flat partitions."""
+    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
+    if partitions is not None:
+        return list(partitions)
+    return [weight for group in engine.optimizer.param_groups for weight in group["params"]]
+
+
+def gather_weights(engine: Any, average: WeightAverage) -> dict[str, Tensor] | None:
+    """The whole model's fp32 state dict on rank 0 (None elsewhere), averaged weights where there are any.
+
+    A collective: every rank calls it.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    first = torch.distributed.get_rank() == 0
+    weights: dict[str, Tensor] = {}
+    with average.swapped_in():
+        for name, parameter in engine.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if full is None:  # no ZeRO, or a frozen parameter
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    full = parameter.detach().clone()
+            if first:
+                weights[name] = full.detach().cpu().contiguous().clone()
+    persistent = engine.module.state_dict().keys() - weights.keys()
+    weights |= {name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers() if name in persistent}
+    return weights if first else None
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _warn_of_stale_locks() -> None:
+    """A killed compilation leaves a lock on which the next one waits forever."""
+    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
+    for lock in cache.glob("**/lock"):
+        warnings.warn(f"{lock}: left by a killed build? If nothing is compiling, delete it, or a build will hang", stacklevel=2)

@@ -1,0 +1,127 @@
+"""The trained model in Hub layout: weights, configuration, its own code, processor, model card, and a probe.
+
+The probe is two small structures and what the trainer's model says about them. Whoever loads the export, anywhere, can
+see whether it still says the same; the exporter itself is the first to look.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+
+from moiety.data.structure import Structure
+from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
+from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.models.processing_moiety import MoietyProcessor
+from moiety.training.card import model_card
+from moiety.training.engine import gather_weights
+from moiety.training.mixture import Mixture
+from moiety.training.run import Run, write_json, write_text
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_moiety.MoietyConfig",
+    "AutoModel": "modeling_moiety.MoietyModel",
+    "AutoModelForPreTraining": "modeling_moiety.MoietyForPreTraining",
+    "AutoFeatureExtractor": "feature_extraction_moiety.MoietyFeatureExtractor",
+    "AutoProcessor": "processing_moiety.MoietyProcessor",
+}
+PROBE = [  # methanol, and rock salt in its primitive cell; Å
+    {
+        "node_type": [6, 8, 1, 1, 1, 1],
+        "positions": [
+            [-0.0469, 0.6636, 0.0], [-0.0469, -0.7586, 0.0], [-1.0930, 0.9693, 0.0],
+            [0.8790, -1.0583, 0.0], [0.4376, 1.0718, 0.8914], [0.4376, 1.0718, -0.8914],
+        ],
+        "cell": None,
+        "pbc": None,
+        "domain": "molecule",
+    },
+    {
+        "node_type": [11, 17],
+        "positions": [[0.0, 0.0, 0.0], [2.82, 0.0, 0.0]],
+        "cell": [[0.0, 2.82, 2.82], [2.82, 0.0, 2.82], [2.82, 2.82, 0.0]],
+        "pbc": [True, True, True],
+        "domain": "crystal",
+    },
+]  # fmt: skip
+
+
+def export(run: Run, mixture: Mixture) -> Path:
+    """Writes the run's model (averaged weights where there are any) to its `export` directory; every process calls it.
+
+    Raises:
+        RuntimeError: what was written does not load to the same numbers.
+    """
+    assert run.engine is not None and run.average is not None, "fit comes first"
+    weights = gather_weights(run.engine, run.average)
+    folder = run.path / "export"
+    if weights is not None:
+        aside = run.path / "export.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        write_export(weights, run.engine.module.config, aside)
+        write_text(aside / "README.md", model_card(run, mixture, sum(w.numel() for w in weights.values())))
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    distributed.barrier()
+    return folder
+
+
+def write_export(weights: dict[str, Tensor], config: MoietyConfig, folder: Path) -> None:
+    """A pretraining model's state dict as a directory that plain `from_pretrained` loads; checked by loading it."""
+    model = MoietyForPreTraining(config)
+    model.load_state_dict(weights)
+    model.config.auto_map = AUTO_MAP
+    model.save_pretrained(folder)
+    MoietyProcessor(MoietyFeatureExtractor(cutoff=config.cutoff)).save_pretrained(folder)
+    outputs = probe_outputs(model.moiety, MoietyFeatureExtractor(cutoff=config.cutoff))
+    write_json(folder / "probe.json", {"structures": PROBE, "outputs": "probe.safetensors", "threads": 1})
+    save_file(outputs, folder / "probe.safetensors")
+    check_export(folder)
+
+
+def check_export(folder: Path) -> None:
+    """Loads an export through the Auto classes and compares the probe's outputs bit by bit.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    from transformers import AutoModel, AutoProcessor
+
+    outputs = probe_outputs(AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder))
+    for name, expected in load_file(folder / "probe.safetensors").items():
+        if not torch.equal(outputs[name], expected):
+            error = float((outputs[name] - expected).abs().max())
+            raise RuntimeError(f"{folder}: the reloaded model's {name} differ from the trainer's by up to {error:.2e}")
+
+
+@torch.no_grad()
+def probe_outputs(model: Any, processor: Any) -> dict[str, Tensor]:
+    """node_features [N,M,C] and graph_features [B,C] of the probe structures, on one CPU thread."""
+    structures = [Structure(**{name: _array(value) for name, value in fields.items()}) for fields in PROBE]
+    with one_thread():
+        output = model.to("cpu").eval()(**processor(structures))
+    return {"node_features": output.node_features.contiguous(), "graph_features": output.graph_features.contiguous()}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The order of a sum, hence its last bit, depends on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _array(value: Any) -> Any:
+    return torch.tensor(value).numpy() if isinstance(value, list) else value

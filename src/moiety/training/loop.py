@@ -1,0 +1,167 @@
+"""The training loop: one function that reads top to bottom, for pretraining, fine-tuning and the bridge.
+
+Three rules keep one process and many on the same path. Losses are normalised by counts over the whole optimizer step, not
+by each rank's own. Randomness belongs to the micro-batch, not to the process. The autograd graph is the same on every
+rank: every head runs on every structure, and a loss that does not apply enters with weight 0.
+"""
+# Shapes: B structures, O objectives.
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+
+from moiety.objectives import Objective
+from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.training.config import OptimizerConfig, TrainingConfig
+from moiety.training.engine import WeightAverage, apply_step, set_lr, start_engine
+from moiety.training.mixture import Mixture
+from moiety.training.run import Run
+from moiety.training.window import StepSums, Window
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    mixture: Mixture,
+    objectives: Sequence[Objective],
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+) -> None:
+    """Trains up to `training.steps` optimizer steps, from the newest checkpoint of the run if there is one.
+
+    Afterwards `run.engine` and `run.average` hold the result, for `export`.
+
+    Raises:
+        InputError: the run directory belongs to other data or to another number of processes.
+        FloatingPointError: the loss or the gradient was not finite 20 steps in a row.
+    """
+    per_step = mixture.config.micro_batches
+    engine = start_engine(model, optimizer, training, per_step)
+    average = WeightAverage(engine, optimizer.ema)
+    run.engine, run.average = engine, average
+    state = run.resume(engine, average, mixture.fingerprint) or start_state(mixture)
+    if state["step"]:
+        run.progress.note(f"{run.path}: resumed at step {state['step']} of {training.steps}")
+    window = Window(objectives, state["window"])
+    started = time.perf_counter() - state["elapsed_s"]
+    engine.train()
+
+    for step in range(state["step"], training.steps):
+        first = step * per_step
+        mine = range(first + run.rank, first + per_step, run.world_size)
+        batches = [prepare(mixture, number, objectives, engine, training.seed, window) for number in mine]
+        scored_O = torch.stack([torch.stack([o.scored(batch).double().sum() for o in objectives]) for batch in batches])
+        scored_O = scored_O.sum(0)
+        distributed.all_reduce(scored_O)  # over the whole step: a mean of per-rank means is another number
+
+        lr = learning_rate(step, training.steps, optimizer)
+        set_lr(engine, lr)
+        sums = StepSums(len(objectives), engine.device)
+        for batch in batches:
+            with window.timed("forward"):
+                output = engine(**batch.inputs())
+                loss = step_loss(objectives, output, batch, scored_O, sums)
+            with window.timed("backward"):
+                # DeepSpeed averages gradients over the ranks; the counts are over all of them already.
+                engine.backward(loss * run.world_size, scale_wrt_gas=False)
+            with window.timed("step"):
+                applied, grad_norm = apply_step(engine)  # does something after the last micro-batch only
+        with window.timed("step"):
+            distributed.all_reduce(sums.flat)
+            if applied:
+                average.update(step)
+                window.add(sums, grad_norm)
+
+        state["step"] = step + 1
+        state["samples"] = mixture.digest(state["samples"], first, first + per_step)
+        state["elapsed_s"] = time.perf_counter() - started
+        count_skipped(run, state, applied)
+        last = step + 1 == training.steps
+        if last or (step + 1) % training.log_every == 0:
+            run.log(window.record(state, lr), training.steps)
+            window = Window(objectives)
+        if last or (step + 1) % training.checkpoint_every == 0:
+            run.save(engine, average, state | {"window": window.state()}, training.keep_checkpoints)
+
+
+def start_state(mixture: Mixture) -> dict[str, Any]:
+    """What a checkpoint keeps besides weights and optimizer, before the first step."""
+    return {
+        "step": 0,
+        "mixture": mixture.fingerprint,
+        "samples": "",  # running digest of the structures seen
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+        "elapsed_s": 0.0,
+        "window": None,
+    }
+
+
+def prepare(
+    mixture: Mixture, number: int, objectives: Sequence[Objective], engine: Any, seed: int, window: Window
+) -> Batch:
+    """Reads, collates and corrupts one micro-batch; its random numbers depend on its number, not on who holds it."""
+    with window.timed("data"):
+        batch = collate(mixture.read(mixture.micro_batch(number)))
+        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+        rng = torch.Generator().manual_seed(own_seed)
+        for objective in objectives:
+            batch = objective.corrupt(batch, rng)
+    with window.timed("neighbours"):
+        batch = with_neighbors(batch, engine.module.config.cutoff)
+    return batch.to(engine.device)
+
+
+def step_loss(objectives: Sequence[Objective], output: Any, batch: Batch, scored_O: Tensor, sums: StepSums) -> Tensor:
+    """This micro-batch's share of the step's loss; its terms are added to `sums` for the log.
+
+    A loss that is not finite poisons its gradient on purpose: the gradients are summed over ranks, so all of them skip.
+    """
+    sums.add_batch(batch)
+    total = torch.stack([0 * tensor.float().sum() for tensor in differentiable(output)]).sum()  # every head, every time
+    for index, objective in enumerate(objectives):
+        loss_B, weight_B = objective.loss_terms(output, batch)
+        loss_B = torch.where(weight_B > 0, loss_B, 0.0)
+        sums.add_terms(index, batch, loss_B, weight_B)
+        total = total + objective.weight * loss_B.sum() / scored_O[index].clamp(min=1).to(loss_B.dtype)
+    return total if torch.isfinite(total) else total * torch.nan
+
+
+def differentiable(output: Any) -> Iterator[Tensor]:
+    """Every tensor of a model's output, however nested, that a gradient can flow into."""
+    for value in output.values():
+        if isinstance(value, Mapping):
+            yield from differentiable(value)
+        elif isinstance(value, Tensor) and value.requires_grad:
+            yield value
+
+
+def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Linear warm-up that starts above 0, then a cosine to `final_fraction` of the peak at the last step."""
+    warmup = min(optimizer.warmup_steps, steps)
+    if step < warmup:
+        return optimizer.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - 1 - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return optimizer.lr * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
+
+
+def count_skipped(run: Run, state: dict[str, Any], applied: bool) -> None:
+    """Counts a step that was not applied; gives up when there were too many in a row."""
+    if applied:
+        state["skipped_in_a_row"] = 0
+        return
+    state["skipped_steps"] += 1
+    state["skipped_in_a_row"] += 1
+    run.progress.note(f"step {state['step']}: loss or gradient not finite, skipped on all ranks")
+    if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
+        raise FloatingPointError(f"{run.path}: step {state['step']} is the {MAX_SKIPPED_IN_A_ROW}th in a row not finite")

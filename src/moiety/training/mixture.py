@@ -1,0 +1,178 @@
+"""Which structures the m-th micro-batch of a run holds: a pure function of the configuration and m.
+
+Nothing is kept between micro-batches, so a run resumes at step s by asking for what step s holds, and the order does not
+depend on how many processes share the work. Every source shows each of its structures exactly once per epoch.
+
+Within a source and epoch: a seeded permutation is cut into windows; a window is sorted by size and cut into micro-batches
+by the node and the edge budget, so that structures of similar size stand together and little work is padding or skew; the
+micro-batches are then shuffled. Between sources: the j-th micro-batch of source i falls due at (j + phase_i) / weight_i,
+and the schedule is the merge of these progressions. After m micro-batches each source had weight_i * m of them, to within
+one, so neighbouring micro-batches, which go to different ranks, come from different domains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moiety.data.shards import Corpus
+from moiety.data.structure import Structure
+from moiety.errors import InputError
+from moiety.training.config import DataConfig
+
+ORDER_VERSION = 1  # part of the fingerprint: raise it when the order of the same configuration changes
+WINDOW = 4096  # structures sorted by size together
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some structures of one source; `indices` count within the source's split."""
+
+    source: int
+    epoch: int
+    indices: np.ndarray  # [B] int64
+
+
+class Source:
+    """A corpus and its order, epoch by epoch."""
+
+    def __init__(self, corpus: Corpus, name: str, config: DataConfig, number: int) -> None:
+        self.corpus = corpus
+        self.name = name
+        self._config = config
+        self._number = number
+        self._num_nodes = np.asarray(corpus.num_nodes, dtype=np.int64)
+        self._num_edges = np.asarray(corpus.num_edges, dtype=np.int64)
+        self._starts = [0]  # number of micro-batches before each epoch seen so far
+        self._epoch = -1  # the one that _batches holds
+        self._batches: list[np.ndarray] = []
+        self._refuse_oversized()
+
+    def batch(self, position: int) -> tuple[int, np.ndarray]:
+        """The epoch and the structures of this source's micro-batch number `position`, counted over all epochs."""
+        while self._starts[-1] <= position:
+            self._cut(len(self._starts) - 1)
+            self._starts.append(self._starts[-1] + len(self._batches))
+        epoch = int(np.searchsorted(self._starts, position, side="right")) - 1
+        if epoch != self._epoch:
+            self._cut(epoch)
+        return epoch, self._batches[position - self._starts[epoch]]
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches in the first epoch (later ones differ by a few)."""
+        self.batch(0)
+        return self._starts[1]
+
+    def _cut(self, epoch: int) -> None:
+        rng = np.random.default_rng([self._config.seed, self._number, epoch])
+        order = rng.permutation(len(self._num_nodes))
+        batches: list[np.ndarray] = []
+        for start in range(0, len(order), WINDOW):
+            window = order[start : start + WINDOW]
+            window = window[np.lexsort((window, self._num_edges[window], self._num_nodes[window]))]
+            batches += self._cut_window(window)
+        self._epoch, self._batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
+
+    def _cut_window(self, window: np.ndarray) -> list[np.ndarray]:
+        nodes = np.cumsum(self._num_nodes[window])
+        edges = np.cumsum(self._num_edges[window])
+        batches, start, nodes_before, edges_before = [], 0, 0, 0
+        while start < len(window):
+            stop = min(
+                int(np.searchsorted(nodes, nodes_before + self._config.node_budget, side="right")),
+                int(np.searchsorted(edges, edges_before + self._config.edge_budget, side="right")),
+            )
+            batches.append(window[start:stop])
+            start, nodes_before, edges_before = stop, nodes[stop - 1], edges[stop - 1]
+        return batches
+
+    def _refuse_oversized(self) -> None:
+        """A structure that alone breaks a budget would break the memory that the budget protects."""
+        for sizes, what in ((self._num_nodes, "node"), (self._num_edges, "edge")):
+            budget = getattr(self._config, f"{what}_budget")
+            worst = int(np.argmax(sizes))
+            if sizes[worst] > budget:
+                raise InputError(
+                    f"{self.name}: structure {self.corpus.ids()[worst]!r} has {sizes[worst]} {what}s, more than "
+                    f"data.{what}_budget={budget} ({int((sizes > budget).sum())} structures are too large); "
+                    f"set data.{what}_budget={sizes[worst]} or build the corpus without them"
+                )
+
+
+class Mixture:
+    """Several sources, mixed by weight in units of micro-batches."""
+
+    def __init__(self, sources: list[Source], config: DataConfig) -> None:
+        self.sources = sources
+        self.config = config
+        weights = np.array([source.weight for source in config.sources], dtype=np.float64)
+        if not (np.isfinite(weights) & (weights > 0)).all():
+            raise InputError(f"data.sources: weights are {weights.tolist()}; each must be above 0")
+        self._weights = weights / weights.sum()
+        self._phases = np.random.default_rng([config.seed, len(sources)]).random(len(sources))
+
+    @classmethod
+    def open(cls, config: DataConfig) -> Mixture:
+        """Opens every corpus.
+
+        Raises:
+            InputError: no source, a missing corpus (with the command that builds it), an empty split, a structure above a
+                budget.
+        """
+        if not config.sources:
+            raise InputError("data.sources is empty; name at least one corpus")
+        sources = []
+        for number, source in enumerate(config.sources):
+            corpus = Corpus.open(source.path, split=config.split)
+            if len(corpus) == 0:
+                raise InputError(f"{source.path}: no structure in split {config.split!r}")
+            sources.append(Source(corpus, Path(source.path).name, config, number))
+        return cls(sources, config)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two mixtures that yield the same structures in the same order, wherever the corpora lie."""
+        facts = asdict(self.config) | {
+            "sources": [[s.corpus.fingerprint, c.weight] for s, c in zip(self.sources, self.config.sources)],
+            "order": [ORDER_VERSION, WINDOW],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def micro_batch(self, number: int) -> MicroBatch:
+        """The micro-batch of that number, counted over the whole run and all ranks."""
+        source, position = self._due(number)
+        epoch, indices = self.sources[source].batch(position)
+        return MicroBatch(source, epoch, indices)
+
+    def read(self, batch: MicroBatch) -> list[Structure]:
+        return self.sources[batch.source].corpus.read(batch.indices)
+
+    def digest(self, previous: str, first: int, last: int) -> str:
+        """A running hash over which structures the micro-batches first..last-1 hold, after `previous`."""
+        total = hashlib.sha256(previous.encode())
+        for number in range(first, last):
+            batch = self.micro_batch(number)
+            total.update(f"{batch.source}:{batch.epoch}:".encode())
+            total.update(np.asarray(batch.indices, dtype="<i8").tobytes())
+        return total.hexdigest()[:16]
+
+    def _due(self, number: int) -> tuple[int, int]:
+        """Source, and position within it, of the `number`-th entry of the merged schedule.
+
+        By the time t the sources have had t entries together, to within one each; so entries that fall due more than
+        that before `number` are skipped in closed form, and the few around it are merged explicitly.
+        """
+        margin = len(self._weights) + 1
+        first = np.maximum(0, np.ceil((number - margin) * self._weights - self._phases)).astype(np.int64)
+        candidates = [
+            ((position + phase) / weight, source, position)
+            for source, (start, weight, phase) in enumerate(zip(first.tolist(), self._weights, self._phases))
+            for position in range(start, start + int(2 * margin * weight) + 2)
+        ]
+        _, source, position = sorted(candidates)[number - int(first.sum())]
+        return source, position

@@ -1,0 +1,1 @@
+def print_plan(config): print(config)

@@ -1,0 +1,97 @@
+"""What is gathered between two log records: losses by domain and objective, gradient norms, where the time went."""
+# Shapes: D domains, O objectives.
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moiety.models.vocabulary_moiety import DOMAINS
+from moiety.objectives import Objective
+from moiety.tokens.batch import Batch
+
+PHASES = ("data", "neighbours", "forward", "backward", "step")
+
+
+class StepSums:
+    """One step's sums on this rank, in one tensor so that one all_reduce makes them global."""
+
+    def __init__(self, num_objectives: int, device: torch.device) -> None:
+        self.flat = torch.zeros(len(DOMAINS) * num_objectives * 2 + 2, dtype=torch.float64, device=device)
+        self._terms_DO2 = self.flat[:-2].view(len(DOMAINS), num_objectives, 2)  # sum of loss, sum of weight
+
+    def add_batch(self, batch: Batch) -> None:
+        self.flat[-2] += batch.num_structures
+        self.flat[-1] += len(batch.node_type)
+
+    def add_terms(self, objective: int, batch: Batch, loss_B: Tensor, weight_B: Tensor) -> None:
+        terms_B2 = torch.stack([loss_B.detach(), weight_B], dim=-1).double()
+        self._terms_DO2[:, objective].index_add_(0, batch.domain, terms_B2)
+
+
+class Window:
+    """Sums over the steps since the last record. Losses are global; times are rank 0's own."""
+
+    def __init__(self, objectives: Sequence[Objective], state: dict[str, Any] | None = None) -> None:
+        self._objectives = objectives
+        num_sums = len(DOMAINS) * len(objectives) * 2 + 2
+        self._sums = torch.tensor(state["sums"] if state else [0.0] * num_sums, dtype=torch.float64)
+        self._grad_norms: list[float] = list(state["grad_norms"]) if state else []
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._started = time.perf_counter()
+        self._structures_before = self._nodes_before = 0.0  # of the resumed part: not done in this process's time
+        if state:
+            self._structures_before, self._nodes_before = state["sums"][-2:]
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's wall time to a phase. On a GPU kernels run on behind it; read the shares as the host's."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def add(self, sums: StepSums, grad_norm: float) -> None:
+        self._sums += sums.flat.cpu()
+        self._grad_norms.append(grad_norm)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a record which spans it is the same after a resume."""
+        return {"sums": self._sums.tolist(), "grad_norms": self._grad_norms}
+
+    def record(self, state: dict[str, Any], lr: float) -> dict[str, Any]:
+        """The log record of these steps: mean losses over all scored items, rates, shares of the time."""
+        terms_DO2 = self._sums[:-2].view(len(DOMAINS), len(self._objectives), 2)
+        loss_O, weight_O = terms_DO2.sum(0).unbind(-1)
+        means_O = loss_O / weight_O.clamp(min=1)
+        elapsed = time.perf_counter() - self._started
+        structures, nodes = self._sums[-2:].tolist()
+        busy = sum(self._seconds.values())
+        return {
+            "step": state["step"],
+            "loss": sum(objective.weight * mean for objective, mean in zip(self._objectives, means_O.tolist(), strict=True)),
+            "losses": {
+                domain: losses for index, domain in enumerate(DOMAINS) if (losses := self._means(terms_DO2[index]))
+            },
+            "grad_norm": sum(self._grad_norms) / max(1, len(self._grad_norms)),
+            "lr": lr,
+            "structures_per_s": round((structures - self._structures_before) / elapsed, 1),
+            "nodes_per_s": round((nodes - self._nodes_before) / elapsed, 1),
+            "skipped_steps": state["skipped_steps"],
+            "samples": state["samples"],
+            "time": {phase: round(seconds / busy, 4) for phase, seconds in self._seconds.items()},
+            "elapsed_s": round(state["elapsed_s"], 3),
+        }
+
+    def _means(self, terms_O2: Tensor) -> dict[str, float]:
+        return {
+            objective.name: loss / weight
+            for objective, (loss, weight) in zip(self._objectives, terms_O2.tolist(), strict=True)
+            if weight
+        }
