@@ -110,12 +110,12 @@ def _from_rdkit(obj: Any) -> Fields:
             "the molecule has no coordinates; embed it first: "
             "mol = Chem.AddHs(mol); AllChem.EmbedMolecule(mol); AllChem.MMFFOptimizeMolecule(mol)"
         )
-    positions = np.asarray(obj.GetConformer().GetPositions(), dtype=np.float64)
-    if len(positions) > 3 and not obj.GetConformer().Is3D() and not positions[:, 2].any():
+    if is_drawing(obj):
         raise ValueError(
             "the coordinates are a 2-D drawing; embed the molecule first: "
             "mol = Chem.AddHs(mol); AllChem.EmbedMolecule(mol)"
         )
+    positions = obj.GetConformer().GetPositions()
     atoms = list(obj.GetAtoms())
     charge = sum(atom.GetFormalCharge() for atom in atoms)
     spin = 1 + sum(atom.GetNumRadicalElectrons() for atom in atoms)
@@ -124,6 +124,12 @@ def _from_rdkit(obj: Any) -> Fields:
     if obj.HasProp("spin_multiplicity"):
         spin = int(obj.GetProp("spin_multiplicity"))
     return fields_of([atom.GetAtomicNum() for atom in atoms], positions, charge=charge, spin=spin)
+
+
+def is_drawing(molecule: Any) -> bool:
+    """Whether an rdkit molecule's conformer is a 2-D drawing: not marked 3-D, and flat at z = 0."""
+    conformer = molecule.GetConformer()
+    return conformer.GetNumAtoms() > 3 and not conformer.Is3D() and not conformer.GetPositions()[:, 2].any()
 
 
 def _from_pymatgen(obj: Any) -> Fields:
