@@ -1,0 +1,173 @@
+"""`moiety data`: list and build corpora, look at one, check structure files, pack own structures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from moiety.data.validate import Verdict
+
+app = typer.Typer(help="Corpora and structure files.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+Files = Annotated[list[Path], typer.Argument(help="Structure files, or folders of them.")]
+AllAtom = Annotated[bool, typer.Option(help="Read proteins atom by atom instead of residue by residue.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """The corpora that can be built here."""
+    from moiety.data.build import list_recipes
+
+    recipes = [
+        {
+            "name": recipe.name,
+            "domain": recipe.domain,
+            "profiles": list(recipe.profiles),
+            "licence": recipe.licence,
+            "title": recipe.title,
+        }
+        for recipe in list_recipes()
+    ]
+    if as_json:
+        print(json.dumps({"recipes": recipes}))
+        return
+    rows = [[r["name"], r["domain"], ", ".join(r["profiles"]), r["licence"], r["title"]] for r in recipes]
+    _table(["recipe", "domain", "profiles", "licence", "what it is"], rows)
+
+
+@app.command()
+def build(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `moiety data list`), or the path of its YAML.")],
+    profile: Annotated[str, typer.Option(help="tiny (minutes) or full.")] = "tiny",
+    out: Annotated[Path | None, typer.Option(help="Default: corpora/PROFILE/RECIPE.")] = None,
+    limit: Annotated[int | None, typer.Option(min=3, help="At most this many structures.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build a corpus: fetch its sources, read, validate, write shards and manifest."""
+    from moiety.data.build import build as build_corpus
+
+    manifest = build_corpus(recipe, profile, out, limit)
+    _show(out or Path("corpora", profile, manifest["name"]), manifest, as_json)
+
+
+@app.command()
+def show(
+    corpus: Annotated[Path, typer.Argument(help="Directory of a corpus.")],
+    as_json: AsJson = False,
+) -> None:
+    """What is in a corpus; every shard is hashed against its manifest."""
+    from moiety.data.shards import verify
+
+    _show(corpus, verify(corpus), as_json)
+
+
+@app.command()
+def check(files: Files, all_atom: AllAtom = False, as_json: AsJson = False) -> None:
+    """A verdict for every structure of the files; exit 2 if any of them is rejected."""
+    counts: Counter[str] = Counter()
+    found = []
+    for verdict in _verdicts(files, all_atom):
+        counts[verdict.code] += 1
+        if as_json:
+            fields = ("file", "index", "ok", "code", "reason", "remedy")
+            found.append({name: getattr(verdict, name) for name in fields})
+        else:
+            print(_line(verdict))
+    num_rejected = counts.total() - counts["ok"]
+    if as_json:
+        print(json.dumps({"ok": counts["ok"], "rejected": _rejected(counts), "verdicts": found}))
+    _note(f"{counts['ok']} structures ok, {num_rejected} rejected")
+    if num_rejected:
+        raise typer.Exit(2)
+
+
+@app.command()
+def pack(
+    files: Files,
+    out: Annotated[Path, typer.Option(help="Directory of the new corpus.")],
+    licence: Annotated[str, typer.Option(help="Licence of the structures, for the manifest.")] = "not stated",
+    all_atom: AllAtom = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write own structures to a corpus. Rejected ones are named, counted in the manifest, and left out."""
+    from moiety.data.shards import write_corpus
+
+    def told() -> Iterator[Verdict]:
+        for verdict in _verdicts(files, all_atom):
+            if verdict.structure is None:
+                _note(_line(verdict))
+            else:
+                verdict.structure.id = f"{verdict.file}#{verdict.index}"
+            yield verdict
+
+    manifest = write_corpus(told(), out, source=", ".join(map(str, files)), licence=licence)
+    _show(out, manifest, as_json)
+
+
+def _verdicts(files: list[Path], all_atom: bool) -> Iterator[Verdict]:
+    from moiety.data.readers import structure_files
+    from moiety.data.validate import verdicts
+
+    for path in structure_files(files):
+        yield from verdicts(path, all_atom)
+
+
+def _line(verdict: Verdict) -> str:
+    if verdict.ok:
+        return f"{verdict.file} [{verdict.index}] ok"
+    return f"{verdict.file} [{verdict.index}] {verdict.code}: {verdict.reason}; {verdict.remedy}"
+
+
+def _rejected(counts: Counter[str]) -> dict[str, int]:
+    return {code: number for code, number in sorted(counts.items()) if code != "ok"}
+
+
+def _show(path: Path, manifest: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"path": str(path), **manifest}))
+        return
+    counts = manifest["counts"]
+    rejected = ", ".join(f"{code} {number}" for code, number in counts["rejected"].items()) or "none"
+    rows = [
+        ["corpus", str(path)],
+        ["structures", f"{counts['ok']:,} of {counts['in']:,}; rejected: {rejected}"],
+        ["splits", _counted(manifest["splits"])],
+        ["domains", _counted(manifest["domains"])],
+        ["nodes, edges", f"{manifest['num_nodes']:,}, {manifest['num_edges']:,} within {manifest['cutoff']} Å"],
+        ["labels", ", ".join(f"{name} ({unit})" for name, unit in manifest["units"].items()) or "none with a unit"],
+        ["source", manifest["source"]],
+        ["licence", manifest["licence"]],
+        ["citation", manifest["citation"] or "none"],
+        ["shards", f"{len(manifest['shards'])}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:.1f} MB"],
+        *(["note", note] for note in manifest.get("notes", [])),
+    ]
+    for name, value in rows:
+        print(f"{name:<14}{value}")
+
+
+def _counted(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in numbers.items())
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 200  # a pipe has no width: do not wrap
+    Console(highlight=False, markup=False, width=width).print(table)
+
+
+def _note(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
