@@ -92,7 +92,7 @@ class LocalAttention(nn.Module):
         self.out = DegreeLinear(2 * edge_channels, [channels] * (config.lmax + 1), init_gain=0.5)
 
     def forward(self, x: Steerable, neighbors: Neighbors) -> Steerable:
-        num_nodes, most, width = neighbors.harmonics.shape
+        num_nodes, _, width = neighbors.harmonics.shape
         heads = self.num_heads
         scalars, *higher = self.project(x)
         q, k, g, v0, a0 = scalars.chunk(5, dim=-1)
@@ -100,29 +100,24 @@ class LocalAttention(nn.Module):
         angle_NMD = torch.cat(angles, dim=1)
         channels = angle_NMD.shape[-1]
 
-        # values are gathered heads first, so that the product with the weights below is a plain bmm
-        value_HNF = torch.cat(moved, dim=1).view(num_nodes, width, heads, -1).permute(2, 0, 1, 3).flatten(2)
-        value_j = value_HNF.index_select(1, neighbors.source).view(heads, num_nodes, most, -1)
         q, k = (rms_normalize(t.view(num_nodes, heads, -1)) for t in (q, k))
-        k_j = k.index_select(0, neighbors.source).view(num_nodes, most, heads, -1)
-        g_j = g.squeeze(1).index_select(0, neighbors.source).view(num_nodes, most, channels)
+        k_j = neighbors.gather(k.flatten(1)).unflatten(-1, (heads, -1))
+        g_j = neighbors.gather(g.squeeze(1))
 
         angle_NKD = torch.bmm(neighbors.harmonics, angle_NMD) / math.sqrt(width)
         logit_NKH = self.radial_logit(neighbors.radial) + self.angle_logit(angle_NKD)
         logit_NKH = logit_NKH + (k_j * q.unsqueeze(1)).sum(-1) / math.sqrt(channels // heads)
-        alpha_HNK = self._weights(logit_NKH.permute(2, 0, 1), neighbors.envelope)
-        transported_HNF = (alpha_HNK.unsqueeze(-2) @ value_j).squeeze(-2)
-        transported = transported_HNF.view(heads, num_nodes, width, -1).permute(1, 2, 0, 3).flatten(2)
+        alpha_NKH = self._weights(logit_NKH, neighbors.envelope)
+        transported = neighbors.transport(alpha_NKH, torch.cat(moved, dim=1))
 
         message_NKD = (self.filter(neighbors.radial) + angle_NKD) * g_j * neighbors.envelope.unsqueeze(-1)
         built = torch.bmm(neighbors.harmonics.transpose(1, 2), message_NKD) / math.sqrt(TYPICAL_DEGREE)
         return self.out(split(torch.cat([built, transported], dim=-1), self.lmax))
 
-    def _weights(self, logit_HNK: Tensor, envelope_NK: Tensor) -> Tensor:
-        sink_H11 = self.sink[:, None, None]
-        peak = torch.maximum(logit_HNK.amax(-1, keepdim=True), sink_H11).detach()
-        weight = envelope_NK * torch.exp(logit_HNK - peak)
-        return weight / (torch.exp(sink_H11 - peak) + weight.sum(-1, keepdim=True))
+    def _weights(self, logit_NKH: Tensor, envelope_NK: Tensor) -> Tensor:
+        peak = torch.maximum(logit_NKH.amax(1, keepdim=True), self.sink).detach()
+        weight = envelope_NK.unsqueeze(-1) * torch.exp(logit_NKH - peak)
+        return weight / (torch.exp(self.sink - peak) + weight.sum(1, keepdim=True))
 
 
 class GlobalAttention(nn.Module):
@@ -185,10 +180,11 @@ class StructurePlaces:
         """Softmax attention of [N, H, F] queries, keys and values inside each structure: [N, H, F]."""
         out = torch.zeros_like(v)
         for node, present in self.groups:
-            q_g, k_g, v_g = (t[node].transpose(1, 2) for t in (q, k, v))  # [b, H, n, F]
+            flat = node.flatten()
+            q_g, k_g, v_g = (t.index_select(0, flat).unflatten(0, node.shape).transpose(1, 2) for t in (q, k, v))
             mask = None if present is None else present[:, None, None, :]
             y = F.scaled_dot_product_attention(q_g, k_g, v_g, attn_mask=mask, scale=1.0).transpose(1, 2)
-            index, rows = (node.flatten(), y.flatten(0, 1)) if present is None else (node[present], y[present])
+            index, rows = (flat, y.flatten(0, 1)) if present is None else (node[present], y[present])
             out = out.index_copy(0, index, rows)
         return out
 

@@ -158,7 +158,6 @@ class MoietyModel(MoietyPreTrainedModel):
             node_vectors: [N,4,3] Å, residue offsets N, C, O, CB; default zero.
             noise_level: [B] Å, NaN where it is not told; default not told.
         """
-        # not max() + 1: an all-open batch still has one entry per structure in any [B] input
         num_graphs = next((len(t) for t in (domain, charge, spin, pbc, cell) if t is not None), None)
         if num_graphs is None:
             num_graphs = int(graph_index[-1]) + 1
@@ -176,11 +175,11 @@ class MoietyModel(MoietyPreTrainedModel):
         is_open = ~pbc.any(-1) if pbc is not None else torch.ones(num_graphs, dtype=torch.bool, device=positions.device)
         # coordinates relative to the structure's centre keep the distance columns small, hence exact
         centred = positions - mean_per_graph(positions, graph_index, num_graphs)[graph_index]
+        config, (source, destination) = self.config, edge_index
+        vector_E3 = positions[source] + edge_shift - positions[destination]
         scale = node_scale(node_type).to(positions.dtype)
-        config = self.config
-        neighbors = Neighbors.build(
-            positions, edge_index, edge_shift, scale, config.cutoff, config.num_radial, config.lmax
-        )
+        x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
+        neighbors = Neighbors.build(vector_E3, x_E, edge_index, graph_index, config.num_radial, config.lmax)
         places = StructurePlaces(centred, graph_index, is_open)
         x, condition = self.embedding(inputs, positions.dtype)
         for block in self.blocks:
