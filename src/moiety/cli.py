@@ -142,9 +142,13 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Redraw the report of a run, finished or not, from the files in its directory."""
+    from moiety.inference.describe import describe_run, needs_description
     from moiety.inference.run_files import RunFiles
     from moiety.inference.summary import print_summary, summary
 
+    if needs_description(run):
+        note("asking the exported model for examples, and the trivial predictors for their losses")
+        describe_run(run)
     files = RunFiles.open(run)
     if not table:
         from moiety.inference.report import write_report

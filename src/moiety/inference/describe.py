@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,7 +17,8 @@ import torch
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.inference.examples import denoising_examples
-from moiety.objectives import Objective
+from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.objectives import Objective, build_objectives
 from moiety.tokens.batch import collate
 
 PACKAGES = ("moiety", "torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "vesin")
@@ -24,35 +26,51 @@ EXAMPLE_NODES = {"protein": (40, 120)}  # how large a structure is easy to look 
 DEFAULT_EXAMPLE_NODES = (6, 60)
 
 
-def describe_run(
-    run_dir: Path,
-    model: Any,
-    corpora: Sequence[Corpus],
-    objectives: Sequence[Objective],
-    sigma: float = 0.1,
-    seed: int = 0,
-    num_trivial: int = 1000,
-) -> None:
+def needs_description(run_dir: Path) -> bool:
+    """Whether a pretraining run has an export that was not described yet."""
+    weights = Path(run_dir) / "export" / "model.safetensors"
+    facts = Path(run_dir) / "run.json"
+    if not weights.exists() or "objectives" not in _config(run_dir):
+        return False
+    return not facts.exists() or facts.stat().st_mtime < weights.stat().st_mtime
+
+
+def describe_run(run_dir: Path, sigma: float = 0.1, seed: int = 0, num_trivial: int = 1000) -> None:
     """Writes run.json, trivial.json and denoising_examples.json (see `moiety.inference.run_files`).
 
+    The exported model denoises one structure of each domain; the corpora are those of the run's config.json.
+
     Args:
-        run_dir: the run directory.
-        model: the trained `MoietyForPreTraining`.
-        corpora: what it was trained on; one structure of each domain becomes an example.
-        objectives: of the run.
+        run_dir: directory of a pretraining run that has been exported.
         sigma: noise of the examples, Å.
         seed: of all random choices.
-        num_trivial: structures of each domain from which the trivial predictors' losses are estimated.
+        num_trivial: structures of each corpus from which the trivial predictors' losses are estimated.
+
+    Raises:
+        InputError: a corpus of the run is not there any more.
     """
+    run_dir = Path(run_dir)
+    config = _config(run_dir)
+    model = MoietyForPreTraining.from_pretrained(run_dir / "export")
+    corpora = [Corpus.open(source["path"], config["data"]["split"]) for source in config["data"]["sources"]]
+    objectives = build_objectives(config["objectives"])
     rng = np.random.default_rng(seed)
     by_domain: dict[str, list[Structure]] = {}
     for corpus in corpora:
         chosen = rng.permutation(len(corpus))[:num_trivial]
         by_domain.setdefault(corpus.domain, []).extend(corpus.read(chosen))
     shown = [_easy_to_see(domain, structures) for domain, structures in by_domain.items()]
-    facts = {
+    trivial = {domain: trivial_losses(structures, objectives, seed) for domain, structures in by_domain.items()}
+    _write(run_dir / "trivial.json", trivial)
+    _write(run_dir / "denoising_examples.json", denoising_examples(model, shown, sigma, seed))
+    _write(run_dir / "run.json", _facts(model, corpora))  # last: says that the others are complete
+
+
+def _facts(model: MoietyForPreTraining, corpora: Sequence[Corpus]) -> dict[str, object]:
+    shape = ("hidden_size", "num_layers", "num_heads", "lmax", "edge_channels", "cutoff", "global_every")
+    return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "model": {key: getattr(model.config, key) for key in ("hidden_size", "num_layers", "lmax", "cutoff")},
+        "model": {key: getattr(model.config, key) for key in shape},
         "corpora": {
             str(corpus.manifest["name"]): {
                 "domain": corpus.domain,
@@ -62,20 +80,18 @@ def describe_run(
             }
             for corpus in corpora
         },
-        "machine": {
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "cores": torch.get_num_threads(),
-        },
+        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
         "versions": {name: version(name) for name in PACKAGES},
     }
-    trivial = {domain: trivial_losses(structures, objectives, seed) for domain, structures in by_domain.items()}
-    for name, content in (
-        ("run.json", facts),
-        ("trivial.json", trivial),
-        ("denoising_examples.json", denoising_examples(model, shown, sigma, seed)),
-    ):
-        (Path(run_dir) / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    path = Path(run_dir) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def trivial_losses(

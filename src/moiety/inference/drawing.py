@@ -29,10 +29,11 @@ RESIDUE_COLORS = {
     "basic": ("#2a78d6", "LYS ARG"),
 }
 LIGHT = {"ambient": 0.55, "diffuse": 0.75, "specular": 0.25, "roughness": 0.45, "fresnel": 0.1}
+BOND_SLACK = 0.3  # Å
 MAX_CA_STEP = 4.6  # Å: a longer step along the chain is a break
 
 
-def structure_figure(example: dict[str, Any], height: int = 460) -> tuple[go.Figure, float]:
+def structure_figure(example: dict[str, Any], height: int = 360) -> tuple[go.Figure, float]:
     """Draws one denoising example (see `moiety.inference.examples`) and the way back to the undisturbed structure.
 
     Returns:
@@ -46,10 +47,13 @@ def structure_figure(example: dict[str, Any], height: int = 460) -> tuple[go.Fig
     traces = []
     if is_residue.any():
         traces += _chain(places[is_residue], node_type[is_residue])
-    if (~is_residue).any():
+    if (~is_residue).any() and example["cell"] is None:
         traces += _atoms(places[~is_residue], node_type[~is_residue])
-    if example["cell"] is not None:
-        traces.append(_cell(np.asarray(example["cell"], dtype=float)))
+    elif example["cell"] is not None:
+        cell = np.asarray(example["cell"], dtype=float)
+        copies, shifts = _copies_on_the_border(np.asarray(example["positions"]), cell)
+        traces.append(_cell(cell))
+        traces += _atoms(places[copies] + shifts, node_type[copies])
     length = 2.6 if is_residue.all() else 1.25
     factor = float(length / max(np.sqrt((true**2).sum(1).mean()), 1e-9))
     width = 0.13 if is_residue.all() else 0.05
@@ -57,19 +61,19 @@ def structure_figure(example: dict[str, Any], height: int = 460) -> tuple[go.Fig
         mesh = _merge(_arrow(p, p - factor * d, width) for p, d in zip(places, noise, strict=True))
         traces.append(_mesh3d(mesh, color, name))
     figure = go.Figure(traces)
-    hidden = {"visible": False, "showspikes": False}
+    points = np.concatenate([np.stack([trace.x, trace.y, trace.z], axis=1) for trace in traces])
+    centre = (points.min(0) + points.max(0)) / 2
+    radius = float(np.linalg.norm(points - centre, axis=1).max())
+    axes = {
+        f"{axis}axis": {"visible": False, "range": [middle - radius, middle + radius]}
+        for axis, middle in zip("xyz", centre, strict=True)
+    }
     figure.update_layout(
         height=height,
         margin={"l": 0, "r": 0, "t": 0, "b": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         showlegend=False,
-        scene={
-            "xaxis": hidden,
-            "yaxis": hidden,
-            "zaxis": hidden,
-            "aspectmode": "data",
-            "camera": {**_camera(places), "projection": {"type": "orthographic"}},
-        },
+        scene={**axes, "aspectmode": "cube", "camera": _camera(places)},
     )
     return figure, factor
 
@@ -77,28 +81,27 @@ def structure_figure(example: dict[str, Any], height: int = 460) -> tuple[go.Fig
 def _camera(places: np.ndarray) -> dict[str, Any]:
     """Looks along the direction in which the structure is thinnest."""
     axes = np.linalg.svd(places - places.mean(0), full_matrices=True)[2]
-    eye = 1.5 * axes[2] + 0.35 * axes[1]
+    eye = 1.4 * axes[2] + 0.3 * axes[1]
     return {"eye": dict(zip("xyz", eye, strict=True)), "up": dict(zip("xyz", axes[1], strict=True))}
 
 
 def _atoms(places: np.ndarray, numbers: np.ndarray) -> list[go.Mesh3d]:
-    """Spheres by element and half-drawn bonds between atoms closer than 1.2 times the sum of their covalent radii."""
+    """Spheres by element, and bonds between atoms closer than the sum of their covalent radii and 0.3 Å."""
     ball = _sphere(2 if len(places) <= 80 else 1)
     known = np.where(numbers < len(covalent_radii), numbers, 0)
     traces = []
     for number in np.unique(numbers):
-        mesh = _merge(
-            (p + 0.42 * covalent_radii[known[numbers == number][0]] * ball[0], ball[1])
-            for p in places[numbers == number]
-        )
+        chosen = numbers == number
+        size = 0.14 + 0.24 * covalent_radii[known[chosen][0]]
+        mesh = _merge((p + size * ball[0], ball[1]) for p in places[chosen])
         red, green, blue = (255 * jmol_colors[min(number, len(jmol_colors) - 1)]).astype(int)
         traces.append(_mesh3d(mesh, f"rgb({red},{green},{blue})", TOKENS[number]))
-    pairs = cKDTree(places).query_pairs(2 * 1.2 * covalent_radii[known].max(), output_type="ndarray")
+    pairs = cKDTree(places).query_pairs(2 * covalent_radii[known].max() + BOND_SLACK, output_type="ndarray")
     radii = covalent_radii[known]
     distance = np.linalg.norm(places[pairs[:, 0]] - places[pairs[:, 1]], axis=1)
-    bonds = pairs[distance < 1.2 * (radii[pairs[:, 0]] + radii[pairs[:, 1]])]
+    bonds = pairs[distance < radii[pairs[:, 0]] + radii[pairs[:, 1]] + BOND_SLACK]
     if len(bonds):
-        traces.append(_mesh3d(_merge(_tube(places[i], places[j], 0.09) for i, j in bonds), BOND_COLOR, "bond"))
+        traces.append(_mesh3d(_merge(_tube(places[i], places[j], 0.08) for i, j in bonds), BOND_COLOR, "bond"))
     return traces
 
 
@@ -117,6 +120,17 @@ def _chain(places: np.ndarray, node_type: np.ndarray) -> list[go.Mesh3d]:
         if chosen:
             traces.append(_mesh3d(_merge((p + 0.62 * ball[0], ball[1]) for p in chosen), color, kind))
     return traces
+
+
+def _copies_on_the_border(positions: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All atoms, and again those on a face of the cell where they stand on the face opposite: indices, shifts in Å."""
+    fractional = positions @ np.linalg.inv(cell)
+    indices, shifts = [], []
+    for shift in product((0, 1), repeat=3):
+        chosen = np.flatnonzero((np.abs(fractional) < 0.01)[:, np.array(shift, dtype=bool)].all(1))
+        indices.append(chosen)
+        shifts.append(np.tile(np.array(shift) @ cell, (len(chosen), 1)))
+    return np.concatenate(indices), np.concatenate(shifts)
 
 
 def _cell(cell: np.ndarray) -> go.Mesh3d:

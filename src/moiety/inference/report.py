@@ -149,10 +149,11 @@ def _losses(files: RunFiles) -> Iterator[Section]:
 def _structures(files: RunFiles) -> Iterator[Section]:
     if not files.examples:
         return
+    columns = 2 if len(files.examples) in (2, 4) else 3
     parts = [
         "<p>Each structure is drawn as the model saw it, displaced by noise. Arrows point back to where every atom or "
         f"residue came from: {_swatch(TRUE_COLOR)} the truth, {_swatch(PREDICTED_COLOR)} what the model says. "
-        "Drag to turn, scroll to zoom.</p><div class=grid>"
+        f'Drag to turn, scroll to zoom.</p><div class="grid columns-{columns} scenes">'
     ]
     for example in files.examples:
         figure, factor = structure_figure(example)
@@ -168,11 +169,10 @@ def _structures(files: RunFiles) -> Iterator[Section]:
 
 
 def _transfer(files: RunFiles) -> Iterator[Section]:
-    parts = []
+    pictures = []
     for target in summary(files)["targets"]:
         name = f"{target['target']}: {target['metric']} on the test set"
-        parts.append(_figure(results_figure(target), name, "Same labels, same steps, same test set for every method."))
-    pictures = []
+        pictures.append(_figure(results_figure(target), name, "The same test set for every method."))
     for prediction in files.predictions:
         metrics = ", ".join(f"{name} {value:.3g}" for name, value in prediction.get("metrics", {}).items())
         baselines = "".join(f"; {name} {value:.3g}" for name, value in prediction.get("baselines", {}).items())
@@ -180,9 +180,7 @@ def _transfer(files: RunFiles) -> Iterator[Section]:
         title = f"{prediction['target']} ({prediction['directory']})"
         pictures.append(_figure(parity_figure(prediction), title, f"{count}. {metrics}{baselines}."))
     if pictures:
-        parts.append(f"<div class=grid>{''.join(pictures)}</div>")
-    if parts:
-        yield Section("transfer", "Transfer to measured properties", "".join(parts))
+        yield Section("transfer", "Transfer to labelled properties", f"<div class=grid>{''.join(pictures)}</div>")
 
 
 def _speed(files: RunFiles) -> Iterator[Section]:
@@ -200,12 +198,12 @@ def _speed(files: RunFiles) -> Iterator[Section]:
 
 
 def time_shares(files: RunFiles) -> dict[str, float]:
-    """Mean seconds of each part of a step, from the `seconds` of the log records."""
+    """Mean share of each part of a step, from the `time` of the log records."""
     totals: dict[str, float] = {}
     for record in files.log:
-        for part, seconds in record.get("seconds", {}).items():
-            totals[part] = totals.get(part, 0.0) + seconds
-    return {part: total / len(files.log) for part, total in totals.items()}
+        for part, share in record.get("time", {}).items():
+            totals[part] = totals.get(part, 0.0) + share
+    return {part: total / sum(totals.values()) for part, total in totals.items()}
 
 
 def _facts(files: RunFiles) -> Iterator[Section]:

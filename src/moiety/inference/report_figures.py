@@ -56,16 +56,15 @@ def series_figure(curve: Curve, title: str, color: str = POINT_COLOR) -> go.Figu
 
 
 def timing_figure(shares: dict[str, float]) -> go.Figure:
-    """Where the time of a step goes: {part: seconds}, as one bar of shares."""
+    """Where the time of a step goes: {part: share}, as one bar."""
     colors = [*DOMAIN_COLORS.values()]
-    total = sum(shares.values())
     figure = base_figure("share of a step / %", "", height=140)
-    for index, (part, seconds) in enumerate(shares.items()):
+    for index, (part, share) in enumerate(shares.items()):
         figure.add_trace(
             go.Bar(
-                x=[100 * seconds / total], y=[""], orientation="h", name=f"{part} {100 * seconds / total:.0f} %",
+                x=[100 * share], y=[""], orientation="h", name=f"{part} {100 * share:.0f} %",
                 marker={"color": colors[index % len(colors)], "line": {"color": "white", "width": 2}},
-                hovertemplate=f"{part}: {1000 * seconds:.1f} ms<extra></extra>",
+                hovertemplate=f"{part}: {100 * share:.1f} %<extra></extra>",
             )
         )  # fmt: skip
     figure.update_layout(barmode="stack", bargap=0.1, legend={"traceorder": "normal", "y": 1.15})
@@ -78,7 +77,7 @@ def parity_figure(prediction: dict[str, Any]) -> go.Figure:
     true = np.asarray(prediction["true"], dtype=np.float32)
     predicted = np.asarray(prediction["predicted"], dtype=np.float32)
     unit = f" / {prediction['unit']}" if prediction.get("unit") else ""
-    figure = base_figure(f"true {prediction['target']}{unit}", f"predicted {prediction['target']}{unit}", height=440)
+    figure = base_figure(f"true {prediction['target']}{unit}", f"predicted {prediction['target']}{unit}", height=400)
     low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
     margin = 0.03 * (high - low or 1.0)
     ends = [low - margin, high + margin]
@@ -100,7 +99,7 @@ def results_figure(target: dict[str, Any]) -> go.Figure:
     names, values = list(target["results"])[::-1], list(target["results"].values())[::-1]
     best = min(values)
     unit = f" / {target['unit']}" if target["unit"] else ""
-    figure = base_figure(f"{target['metric']}{unit} (lower is better)", "", height=110 + 44 * len(names))
+    figure = base_figure(f"{target['metric']}{unit} (lower is better)", "", height=130 + 54 * len(names))
     figure.add_trace(
         go.Bar(
             x=values, y=names, orientation="h", text=[f"{value:.3g}" for value in values], textposition="outside",
@@ -146,9 +145,9 @@ def add_curve(figure: go.Figure, curve: Curve, name: str, color: str) -> None:
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Centred mean over about a thirtieth of the curve, narrower towards the ends."""
+    """Centred mean over about a thirtieth of the curve, one-sided at the ends."""
     half = max(1, len(values) // 60)
     total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return ((total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)).tolist()
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return ((total[last] - total[first]) / (last - first)).tolist()
