@@ -23,16 +23,13 @@ class Objective(ABC):
 
     @abstractmethod
     def scored(self, batch: Batch) -> Tensor:
-        """Number of scored items of each structure [B], 0 where the objective does not apply; known before the forward.
-
-        The engine divides by their sum over all ranks and micro-batches of a step, so it asks first.
-        """
+        """How many items of each structure are scored [B]; 0 where the objective does not apply."""
 
     @abstractmethod
-    def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss summed over the scored items of each structure [B], and their number [B] (0: does not apply).
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
+        """Loss summed over the scored items of each structure [B].
 
-        The engine adds both up over all ranks and divides once, so the mean is the global one.
+        Sums and counts are added up over all ranks and divided once, so the mean is the global one.
         """
 
     def trivial_loss(self, node_type: Tensor) -> float:

@@ -51,8 +51,10 @@ class CellDenoising(Objective):
     def scored(self, batch: Batch) -> Tensor:
         return batch.pbc.all(-1).to(batch.positions.dtype)
 
-    def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        applies_B = self.scored(batch)
+    def scored(self, batch: Batch) -> Tensor:
+        return batch.pbc.all(-1).to(batch.positions)
+
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
         error_B33 = (output.strain - batch.targets["strain"]).square()
         six = torch.triu(torch.ones(3, 3)).to(error_B33) / 6
-        return applies_B * (error_B33 * six).sum(dim=(1, 2)), applies_B
+        return self.scored(batch) * (error_B33 * six).sum(dim=(1, 2))

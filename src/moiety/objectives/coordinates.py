@@ -53,8 +53,9 @@ class CoordinateDenoising(Objective):
         # a lone atom has no noise left once its mean is removed
         return (batch.num_nodes_B > 1).to(batch.positions.dtype)
 
-    def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def scored(self, batch: Batch) -> Tensor:
+        return (batch.num_nodes_B > 1).to(batch.positions)  # a lone atom has no noise left once its mean is removed
+
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
         error_N = (output.noise - batch.targets["noise"]).square().mean(-1)
-        count_B = batch.num_nodes_B.to(error_N.dtype)
-        applies_B = self.scored(batch)
-        return applies_B * sum_by_structure(error_N, batch) / (count_B - 1).clamp(min=1), applies_B
+        return self.scored(batch) * sum_by_structure(error_N, batch) / (batch.num_nodes_B - 1).clamp(min=1)

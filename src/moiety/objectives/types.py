@@ -54,12 +54,14 @@ class MaskedTypes(Objective):
     def scored(self, batch: Batch) -> Tensor:
         return sum_by_structure((batch.targets["types"] >= 0).to(batch.positions.dtype), batch)
 
-    def loss_terms(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    def scored(self, batch: Batch) -> Tensor:
+        return sum_by_structure((batch.targets["types"] >= 0).to(batch.positions), batch)
+
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
         target = batch.targets["types"]
-        scored = target >= 0
         # every node enters the graph, the unscored ones with factor zero: the same graph on every rank
-        loss_N = F.cross_entropy(output.type_logits, target.clamp(min=0), reduction="none") * scored
-        return sum_by_structure(loss_N, batch), self.scored(batch)
+        loss_N = F.cross_entropy(output.type_logits, target.clamp(min=0), reduction="none") * (target >= 0)
+        return sum_by_structure(loss_N, batch)
 
     def trivial_loss(self, node_type: Tensor) -> float:
         """Entropy of the sample's own distribution of heavy atoms and residues, nats."""
@@ -69,7 +71,7 @@ class MaskedTypes(Objective):
 
     @staticmethod
     def _hydrogens_of(hidden: Tensor, batch: Batch) -> Tensor:
-        """[N] bool: hydrogens whose nearest atom of the same structure is hidden, in open systems."""
+        """[N] bool: hydrogens whose nearest atom of the same structure is hidden (bonds across a cell wall are not seen)."""
         hydrogen = (batch.node_type == 1).nonzero().squeeze(1)
         heavy = ((batch.node_type > 1) & (batch.node_type < FIRST_RESIDUE)).nonzero().squeeze(1)
         dropped = torch.zeros_like(hidden)
