@@ -132,7 +132,7 @@ def _label(crystal: Structure) -> None:
     fractions = crystal.positions @ np.linalg.inv(crystal.cell)
     analyzer = SpacegroupAnalyzer(Crystal(crystal.cell, crystal.node_type.tolist(), fractions), SYMMETRY_TOLERANCE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # pymatgen's own, once a crystal
+        warnings.simplefilter("ignore")  # pymatgen: its own deprecations, and that argon has no electronegativity
         prototype = get_protostructure_label_from_spg_analyzer(analyzer, raise_errors=True).split(":")[0]
     family = "_".join(prototype.split("_")[:2])
     crystal.groups |= {"prototype": prototype, "family": family, "split": split_of(family, salt="crystals")}
