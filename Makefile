@@ -1,0 +1,71 @@
+# make quickstart   pretraining to report on real data, in minutes on two cores
+# make test         the fast tests        make test-slow   the others
+# make check        lint, format, types, layout
+# Every target creates .venv itself.
+
+# Where pip finds a CPU build of torch, if your index brings the CUDA one:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/quickstart
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+# Threads that spin while they wait cost more than they gain on few cores; glibc otherwise page-faults every tensor
+# over 128 KiB (1.5 times slower).
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+export MALLOC_MMAP_MAX_ := 0
+export MALLOC_TRIM_THRESHOLD_ := 17179869184
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: install quickstart test test-slow check format transfer-quick report-png clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or newer is needed (Debian: apt-get install python3 python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@bash launch/quickstart.sh
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+transfer-quick: $(INSTALLED)
+	$(BIN)/python benchmarks/transfer_quick.py
+
+# The picture of the README: the top of the report of RUN, through a browser.
+report-png: $(INSTALLED)
+	@test -n "$(CHROMIUM)" || { echo "make: report-png needs chromium (Debian: apt-get install chromium)" >&2; exit 1; }
+	$(BIN)/moiety report $(RUN)
+	$(CHROMIUM) --headless --no-sandbox --disable-gpu --use-angle=swiftshader --enable-unsafe-swiftshader \
+		--disable-background-networking --no-first-run --user-data-dir=$$(mktemp -d) --hide-scrollbars \
+		--window-size=1240,2300 --virtual-time-budget=15000 --screenshot=docs/report.png \
+		file://$(abspath $(RUN))/report.html 2>/dev/null
+	@ls -l docs/report.png
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache

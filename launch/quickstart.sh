@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole path on real data: corpora, pretraining, export, adapter, prediction, report. Every command is printed as a
+# user would type it, with its time and memory. Run it through `make quickstart`, which sets up .venv and the environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+RUN=${RUN:-runs/quickstart}
+step() { python launch/measured.py "$@"; }
+
+started=$SECONDS
+for corpus in qm9 ccd crystals proteins; do
+    if [ -e "corpora/tiny/$corpus/manifest.json" ]; then
+        echo "corpora/tiny/$corpus is there already"
+    else
+        step moiety data build "$corpus" --profile tiny
+    fi
+done
+built=$SECONDS
+
+export OMP_NUM_THREADS=1 # one core a rank
+step deepspeed --num_accelerators 2 pretrain/train.py --config pretrain/configs/quickstart.yaml --out "$RUN"
+export OMP_NUM_THREADS=2
+
+step python finetune/lora.py --config finetune/configs/qm9_dipole.yaml model="$RUN/export" --out "$RUN/dipole"
+step python finetune/lora.py --config finetune/configs/qm9_dipole.yaml model="$RUN/export" init=scratch --out "$RUN/dipole_scratch"
+step moiety predict docs/examples/ethanol.xyz --model "$RUN/export" --adapter "$RUN/dipole/adapter"
+step moiety report "$RUN"
+step moiety report "$RUN" --table
+echo "corpora: $((built - started)) s; everything after them: $((SECONDS - built)) s"
+echo "Now open $RUN/report.html"
