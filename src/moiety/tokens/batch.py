@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from moiety.data.structure import Structure
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
+
+
+NODE_TARGETS = ("noise", "types")  # targets with one entry per node; all others have one per structure
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,9 @@ class Batch:
 
     def select_nodes(self, keep: Tensor) -> Batch:
         """The batch without the nodes where `keep` [N] is False; node-wise targets shrink with it."""
-        num_nodes = len(self.node_type)
         node_fields = ("node_type", "positions", "graph_index", "role", "node_vectors")
         changes = {name: getattr(self, name)[keep] for name in node_fields}
-        targets = {name: t[keep] if len(t) == num_nodes else t for name, t in self.targets.items()}
+        targets = {name: t[keep] if name in NODE_TARGETS else t for name, t in self.targets.items()}
         return self.replace(**changes, targets=targets, edge_index=None, edge_shift=None)
 
     def inputs(self) -> dict[str, Tensor]:
@@ -68,8 +71,17 @@ class Batch:
 
 
 def collate(structures: list[Structure], dtype: torch.dtype = torch.float32) -> Batch:
-    """Packs structures into one batch. Edges come last, from `with_neighbors`, once the positions are final."""
-    return Batch(**to_tensors(pack([vars(s) for s in structures]), dtype), ids=[s.id for s in structures])
+    """Packs structures into one batch; their scalar labels become targets [B], NaN where one is missing.
+
+    Edges come last, from `with_neighbors`, once the positions are final.
+    """
+    names = {name for structure in structures for name in structure.scalars}
+    labels = {
+        name: torch.tensor([s.scalars.get(name, math.nan) for s in structures], dtype=dtype) for name in sorted(names)
+    }
+    return Batch(
+        **to_tensors(pack([vars(s) for s in structures]), dtype), targets=labels, ids=[s.id for s in structures]
+    )
 
 
 def with_neighbors(batch: Batch, cutoff: float) -> Batch:

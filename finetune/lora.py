@@ -1,0 +1,44 @@
+"""Fine-tune to a property: deepspeed finetune/lora.py --config finetune/configs/qm9_dipole.yaml --out runs/dipole
+
+`method=lora` (default) trains an adapter, `full` all weights, `head` the head alone, `scratch` the same network untrained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from moiety.errors import InputError
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from moiety.adapters.finetune import FinetuneConfig, finetune
+    from moiety.training.config import load_config
+    from moiety.training.run import Run
+
+    config = load_config(FinetuneConfig, args.config, args.overrides)
+    with Run.open(args.out, config, fresh=args.fresh) as run:
+        metrics = finetune(run, config)
+        if metrics is not None:
+            for name, value in metrics["results"].items():
+                run.progress.note(f"{metrics['target']} {metrics['metric']} {value:.4f} {metrics['unit']}  {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""LoRA and other ways to adapt a pretrained trunk, and fine-tuning to a property."""

@@ -1,0 +1,114 @@
+"""LoRA on a Moiety trunk with stock `peft`: the adapter is a plain peft directory.
+
+Every map that mixes channels is an `nn.Linear` within one degree, so a low-rank update of it commutes with rotations.
+Dropout does not: it would drop components of a vector, so it acts at l = 0 alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from moiety.errors import InputError
+from moiety.models.modeling_moiety import MoietyForPrediction
+
+FINGERPRINT_FILE = "moiety_adapter.json"
+DIRECTIONAL = re.compile(r"\.(degrees|out)\.[12]$|\.(vectors|vector|tensor|weigh)$")  # Linears that act on l > 0
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Rank of the update, its scale alpha / rank, and dropout (at l = 0 alone)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+
+def trunk_linears(model: nn.Module) -> list[str]:
+    """Names of all linear maps of the trunk."""
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("moiety.")]
+
+
+def add_lora(model: MoietyForPrediction, settings: LoraSettings) -> PeftModel:
+    """Freezes the trunk, puts LoRA on all its linear maps, and leaves the task heads to be trained whole."""
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=trunk_linears(model),
+        modules_to_save=[f"heads.{name}" for name in model.heads],
+    )
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and DIRECTIONAL.search(name):
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = nn.Identity()
+    return adapted  # type: ignore[return-value]
+
+
+def trainable_share(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters, and all parameters without the copies that peft keeps of replaced modules."""
+    parameters = [(name, p) for name, p in model.named_parameters() if ".original_module." not in name]
+    return sum(p.numel() for _, p in parameters if p.requires_grad), sum(p.numel() for _, p in parameters)
+
+
+def base_fingerprint(model_dir: str | Path) -> str:
+    """A hash of the weights of an exported model: what an adapter was trained on."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model_dir).glob("*.safetensors")):
+        if path.name != "probe.safetensors":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def save_adapter(model: PeftModel, out: Path, model_dir: str | Path, tasks: dict[str, Any]) -> None:
+    """Writes the peft directory, and beside it which base it belongs to and the tasks of its heads."""
+    model.save_pretrained(str(out))
+    facts = {"base_fingerprint": base_fingerprint(model_dir), "base": str(model_dir), "tasks": tasks}
+    (out / FINGERPRINT_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPrediction:
+    """The pretrained trunk with fresh heads for the tasks.
+
+    Raises:
+        InputError: no exported model there.
+    """
+    if not (Path(model_dir) / "config.json").is_file():
+        raise InputError(
+            f"{model_dir}: no model here (config.json is missing); pretrain one with pretrain/train.py, or give the "
+            "`export` directory of a run"
+        )
+    return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
+
+
+def load_adapted(model_dir: str | Path, adapter_dir: str | Path) -> tuple[PeftModel, Any]:
+    """A pretrained model with an adapter on it, and the processor.
+
+    Raises:
+        InputError: no adapter there, or it was trained on another base (both fingerprints are named).
+    """
+    from transformers import AutoProcessor
+
+    facts_path = Path(adapter_dir) / FINGERPRINT_FILE
+    if not facts_path.is_file():
+        raise InputError(f"{adapter_dir}: no adapter here ({FINGERPRINT_FILE} is missing); give finetune's --out/adapter")
+    facts = json.loads(facts_path.read_text())
+    base = load_base(model_dir, facts["tasks"])
+    found = base_fingerprint(model_dir)
+    if found != facts["base_fingerprint"]:
+        raise InputError(
+            f"{adapter_dir}: trained on the base {facts['base_fingerprint']} ({facts['base']}), but {model_dir} is "
+            f"{found}; give that base as --model"
+        )
+    adapted = PeftModel.from_pretrained(base, str(adapter_dir))
+    return adapted.eval(), AutoProcessor.from_pretrained(str(model_dir))

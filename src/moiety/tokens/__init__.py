@@ -1,0 +1,1 @@
+"""From structures to batches of model inputs."""

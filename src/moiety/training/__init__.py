@@ -1,0 +1,1 @@
+"""One engine for pretraining, fine-tuning and the bridge."""
