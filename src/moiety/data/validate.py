@@ -18,10 +18,12 @@ from moiety.models.vocabulary_moiety import DOMAIN_ID, FIRST_RESIDUE, MASK, VOCA
 
 MIN_DISTANCE = 0.3  # Å, between two nodes one of which is an atom
 MIN_RESIDUE_DISTANCE = 1.0  # Å, between two residues (CA to CA)
-MIN_LENGTH, MAX_LENGTH = 0.5, 10_000.0  # Å, of a lattice vector
+MIN_HEIGHT = 0.5  # Å, between two faces of a cell: below, every atom has thousands of neighbours
+MAX_LENGTH = 1_000.0  # Å, of a lattice vector or an open structure: flat ones beyond 1,600 Å crash vesin 0.6 (SIGFPE)
+SEARCH = 3.2  # Å, cutoff of the cell list for overlaps: with a smaller one vesin crashes below MAX_LENGTH already
 MIN_SPREAD = 1e-3  # |det cell| / (a b c): below, the vectors lie in one plane
 MAX_NODES = 100_000
-MAX_DENSE = 128  # nodes for which all pairs are cheaper than a cell list
+MAX_DENSE = 64  # nodes for which all pairs are cheaper than a tree
 
 REMEDIES = {  # reason code -> what the user can do
     # the file
@@ -45,8 +47,9 @@ REMEDIES = {  # reason code -> what the user can do
     "pbc-without-cell": "add the cell or turn pbc off",
     "cell-not-finite": "correct the cell",
     "singular-cell": "three lattice vectors that span a volume are needed: correct the cell",
-    "tiny-cell": f"at least {MIN_LENGTH} Å: check the unit of length",
+    "tiny-cell": f"at least {MIN_HEIGHT} Å: check the unit of length",
     "huge-cell": f"at most {MAX_LENGTH:.0f} Å: check the unit of length",
+    "too-spread-out": f"at most {MAX_LENGTH:.0f} Å: check the unit of length, and for atoms far from the rest",
     # the record
     "wrong-shape": "one row a node, 3 x 3 for cell and stress: correct it where the record is made",
     "bad-label": "remove the label or the structure",
@@ -131,6 +134,9 @@ def _first_problem(structure: Structure) -> tuple[str, str] | None:
         problem = _cell_problem(structure.cell, np.asarray(structure.pbc, dtype=bool))
         if problem is not None:
             return problem
+    extent = float(np.ptp(positions, axis=0).max())
+    if extent > MAX_LENGTH and not (structure.pbc is not None and np.all(structure.pbc)):
+        return "too-spread-out", f"the structure is {extent:.4g} Å long"
     return _overlap(structure) or _bad_label(structure)
 
 
@@ -165,8 +171,9 @@ def _cell_problem(cell: Array | None, pbc: Array) -> tuple[str, str] | None:
     spread = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
     if spread <= MIN_SPREAD * lengths.prod():
         return "singular-cell", f"lattice vectors of {np.round(lengths, 3).tolist()} Å span no volume"
-    if lengths.min() < MIN_LENGTH:
-        return "tiny-cell", f"a lattice vector of {lengths.min():.3g} Å"
+    heights = 1.0 / np.linalg.norm(np.linalg.pinv(vectors), axis=0)
+    if heights.min() < MIN_HEIGHT:
+        return "tiny-cell", f"two faces of the cell are {heights.min():.3g} Å apart"
     if lengths.max() > MAX_LENGTH:
         return "huge-cell", f"a lattice vector of {lengths.max():.3g} Å"
     return None
@@ -177,11 +184,12 @@ def _overlap(structure: Structure) -> tuple[str, str] | None:
     residue = (node_type >= FIRST_RESIDUE) & (node_type < MASK)
     reach = MIN_RESIDUE_DISTANCE if residue.any() else MIN_DISTANCE
     first, second, distance = _close_pairs(structure, reach)
-    if len(first) and reach > MIN_DISTANCE:
-        near = (distance < MIN_DISTANCE) | (residue[first] & residue[second])
-        first, second, distance = first[near], second[near], distance[near]
     if len(first) == 0:
         return None
+    near = (distance < MIN_DISTANCE) | (residue[first] & residue[second])
+    if not near.any():
+        return None
+    first, second, distance = first[near], second[near], distance[near]
     i, j = int(first[0]), int(second[0])
     if i == j:
         return "overlap", f"node {i} is {distance[0]:.2f} Å from its own periodic image"
@@ -191,23 +199,32 @@ def _overlap(structure: Structure) -> tuple[str, str] | None:
 def _close_pairs(structure: Structure, reach: float) -> tuple[Array, Array, Array]:
     """Pairs closer than reach, periodic images included: indices i <= j and distances."""
     positions = structure.positions
-    if not structure.periodic and len(positions) <= MAX_DENSE:
+    if structure.periodic:
+        return _close_periodic_pairs(structure, reach)
+    if len(positions) <= MAX_DENSE:
         x, y, z = positions.T
         square = (x[:, None] - x) ** 2 + (y[:, None] - y) ** 2 + (z[:, None] - z) ** 2
-        if len(positions) == 1 or np.partition(square.reshape(-1), len(positions))[len(positions)] >= reach**2:
+        if np.count_nonzero(square < reach**2) == len(positions):  # each node is only close to itself
             return np.empty(0, int), np.empty(0, int), np.empty(0)
         first, second = np.nonzero(np.triu(square < reach**2, k=1))
-        return first, second, np.sqrt(square[first, second])
-    from moiety.models.feature_extraction_moiety import neighbor_list, pack  # torch: small open systems do without
+    else:
+        from scipy.spatial import KDTree
 
+        first, second = KDTree(positions).query_pairs(reach, output_type="ndarray").T
+    return first, second, np.linalg.norm(positions[second] - positions[first], axis=1)
+
+
+def _close_periodic_pairs(structure: Structure, reach: float) -> tuple[Array, Array, Array]:
+    from moiety.models.feature_extraction_moiety import neighbor_list, pack  # torch: open systems do without
+
+    positions = structure.positions
     arrays = pack([vars(structure)])
     (second, first), shift = neighbor_list(
-        positions, arrays["node_type"], arrays["graph_index"], arrays["cell"], arrays["pbc"], reach
+        positions, arrays["node_type"], arrays["graph_index"], arrays["cell"], arrays["pbc"], SEARCH
     )
-    once = first <= second
-    first, second = first[once], second[once]
-    distance = np.linalg.norm(positions[second] + shift[once] - positions[first], axis=1)
-    return first, second, distance
+    distance = np.linalg.norm(positions[second] + shift - positions[first], axis=1)
+    close = (distance < reach) & (first <= second)
+    return first[close], second[close], distance[close]
 
 
 def _bad_label(structure: Structure) -> tuple[str, str] | None:

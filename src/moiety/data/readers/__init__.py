@@ -56,19 +56,24 @@ def structure_files(paths: Iterable[str | Path]) -> list[Path]:
     """The files meant by a list of files and folders: a folder stands for all its files, sorted, hidden ones left out.
 
     Raises:
-        InputError: a path that does not exist, or nothing in all of them.
+        InputError: a path does not exist, or a folder holds no file.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+            if not inside:
+                raise InputError(f"{path}: the folder holds no files; give structure files (.xyz, .cif, .pdb, .sdf)")
+            files += inside
         elif path.exists():
             files.append(path)
         else:
-            raise InputError(f"{path} does not exist; check the path")
-    if not files:
-        raise InputError("no files in the folders given")
+            raise InputError(f"{path}: no such file or folder; check the path")
     return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def items(path: Path, all_atom: bool = False) -> Iterator[Structure | Rejected]:
