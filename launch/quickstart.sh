@@ -22,7 +22,7 @@ step deepspeed --num_accelerators 2 pretrain/train.py --config pretrain/configs/
 export OMP_NUM_THREADS=2
 
 step python finetune/lora.py --config finetune/configs/qm9_dipole.yaml model="$RUN/export" --out "$RUN/dipole"
-step python finetune/lora.py --config finetune/configs/qm9_dipole.yaml model="$RUN/export" init=scratch --out "$RUN/dipole_scratch"
+step python finetune/lora.py --config finetune/configs/qm9_dipole.yaml model="$RUN/export" method=scratch --out "$RUN/dipole_scratch"
 step moiety predict docs/examples/ethanol.xyz --model "$RUN/export" --adapter "$RUN/dipole/adapter"
 step moiety report "$RUN"
 step moiety report "$RUN" --table

@@ -22,6 +22,7 @@ from moiety.objectives import Objective, build_objectives
 
 PACKAGES = ("moiety", "torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "vesin")
 EXAMPLE_NODES = {"protein": (40, 120)}  # how large a structure is easy to look at
+MAX_CANDIDATES = 200  # structures of a corpus among which an example is looked for
 DEFAULT_EXAMPLE_NODES = (6, 60)
 
 
@@ -34,16 +35,17 @@ def needs_description(run_dir: Path) -> bool:
     return not facts.exists() or facts.stat().st_mtime < weights.stat().st_mtime
 
 
-def describe_run(run_dir: Path, sigma: float = 0.1, seed: int = 0, num_trivial: int = 1000) -> None:
+def describe_run(run_dir: Path, sigma: float = 0.1, seed: int = 0, num_nodes: int = 100_000) -> None:
     """Writes run.json, trivial.json and denoising_examples.json (see `moiety.inference.run_files`).
 
-    The exported model denoises one structure of each domain; the corpora are those of the run's config.json.
+    The exported model denoises one structure of each domain, from the validation split where there is one; the corpora
+    are those of the run's config.json.
 
     Args:
         run_dir: directory of a pretraining run that has been exported.
         sigma: noise of the examples, Å.
         seed: of all random choices.
-        num_trivial: structures of each corpus from which the trivial predictors' losses are estimated.
+        num_nodes: how many nodes, drawn in the proportions of the mixture, tell what a trivial predictor scores.
 
     Raises:
         InputError: a corpus of the run is not there any more.
@@ -51,16 +53,22 @@ def describe_run(run_dir: Path, sigma: float = 0.1, seed: int = 0, num_trivial: 
     run_dir = Path(run_dir)
     config = _config(run_dir)
     model = MoietyForPreTraining.from_pretrained(run_dir / "export")
-    corpora = [Corpus.open(source["path"], config["data"]["split"]) for source in config["data"]["sources"]]
+    sources = config["data"]["sources"]
+    corpora = [Corpus.open(source["path"], config["data"]["split"]) for source in sources]
     objectives = build_objectives(config["objectives"])
     rng = np.random.default_rng(seed)
-    by_domain: dict[str, list[Structure]] = {}
-    for corpus in corpora:
-        chosen = rng.permutation(len(corpus))[:num_trivial]
-        by_domain.setdefault(corpus.domain, []).extend(corpus.read(chosen))
-    shown = [_easy_to_see(domain, structures) for domain, structures in by_domain.items()]
-    trivial = {domain: trivial_losses(structures, objectives) for domain, structures in by_domain.items()}
-    _write(run_dir / "trivial.json", trivial)
+    seen: dict[str, list[Structure]] = {}
+    held_out: dict[str, list[Structure]] = {}
+    for corpus, source in zip(corpora, sources, strict=True):
+        order = rng.permutation(len(corpus))
+        wanted = num_nodes * source["weight"] / sum(source["weight"] for source in sources)
+        chosen = order[: 1 + np.searchsorted(np.cumsum(corpus.num_nodes[order]), wanted)]
+        seen.setdefault(corpus.domain, []).extend(corpus.read(chosen))
+        if "val" in corpus.manifest["splits"]:
+            unseen = Corpus.open(corpus.path, "val")
+            held_out.setdefault(corpus.domain, []).extend(unseen.read(rng.permutation(len(unseen))[:MAX_CANDIDATES]))
+    shown = [_easy_to_see(domain, held_out.get(domain, structures)) for domain, structures in seen.items()]
+    _write(run_dir / "trivial.json", {domain: trivial_losses(found, objectives) for domain, found in seen.items()})
     _write(run_dir / "denoising_examples.json", denoising_examples(model, shown, sigma, seed))
     _write(run_dir / "run.json", _facts(model, corpora))  # last: says that the others are complete
 

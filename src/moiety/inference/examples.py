@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,4 +65,4 @@ def _mean(values: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
 
 
 def _rounded(array: Any) -> list[Any]:
-    return torch.as_tensor(array).double().mul(1e4).round().div(1e4).tolist()
+    return np.round(np.asarray(array, dtype=np.float64), 4).tolist()
