@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         print_plan(config)
         return 0
     mixture = Mixture.open(config.data)  # missing corpus: the command that builds it
-    with Run.open(args.out or Path("runs", Path(args.config).stem), config, fresh=args.fresh) as run:  # resumes by itself
+    out = args.out or Path("runs", Path(args.config).stem)
+    with Run.open(out, config, fresh=args.fresh) as run:  # resumes by itself
         torch.manual_seed(config.training.seed)  # the same weights on every rank
         model = MoietyForPreTraining(config.model_config())
         fit(run, model, mixture, objectives, config.optimizer, config.training)

@@ -172,10 +172,10 @@ def _convert(kind: Any, value: Any, where: str, key: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise wrong
-        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(inner) != len(value):
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
             raise wrong
-        return tuple(_convert(arg, item, where, f"{key}.{i}") for i, (arg, item) in enumerate(zip(inner, value)))
+        return tuple(_convert(kinds[i], item, where, f"{key}.{i}") for i, item in enumerate(value))
     if kind in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -210,7 +210,7 @@ def _paths(cls: Any, tree: Any, prefix: str = "") -> list[str]:
     """Every key that an override can set: the dataclass's own, and what the YAML has in its free mappings and lists."""
     paths: list[str] = []
     hints = _field_types(cls) if dataclasses.is_dataclass(cls) else {}
-    given = tree if isinstance(tree, dict) else dict(enumerate(tree)) if isinstance(tree, list) else {}
+    given: dict[Any, Any] = dict(enumerate(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else {}
     for key in dict.fromkeys([*hints, *given]):
         path = f"{prefix}{key}"
         paths.append(path)

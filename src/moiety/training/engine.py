@@ -35,7 +35,12 @@ REMOVED_KEYS = (
     "sparse_attention",
     "sparse_gradients",
 )
-OWNED_KEYS = {"optimizer": "optimizer", "scheduler": "optimizer", "bf16": "training.precision", "fp16": "training.precision"}
+OWNED_KEYS = {
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+}
 
 
 def start_distributed() -> tuple[int, int]:
@@ -53,8 +58,8 @@ def start_distributed() -> tuple[int, int]:
     # lock on which later starts hang without a word). gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update(alone)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -155,8 +160,8 @@ def set_lr(engine: Any, lr: float) -> None:
 def apply_step(engine: Any) -> tuple[bool, float]:
     """Ends a micro-batch, and after the last one of a step updates the weights.
 
-    Gradients that are not finite are never applied. They are summed over the ranks first, so every rank decides the same:
-    ZeRO 1-3 look at the norm themselves; without ZeRO this function does.
+    Gradients that are not finite are never applied. They are summed over the ranks first, so every rank decides the
+    same: ZeRO 1-3 look at the norm themselves; without ZeRO this function does.
 
     Returns:
         whether the weights were updated, and the norm of the gradient (meaningful after the last micro-batch).
@@ -252,4 +257,4 @@ def _warn_of_stale_locks() -> None:
     """A killed compilation leaves a lock on which the next one waits forever."""
     cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
     for lock in cache.glob("**/lock"):
-        warnings.warn(f"{lock}: left by a killed build? If nothing is compiling, delete it, or a build will hang", stacklevel=2)
+        warnings.warn(f"{lock}: left by a killed build? If nothing is compiling now, delete it", stacklevel=2)

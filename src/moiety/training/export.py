@@ -6,13 +6,13 @@ see whether it still says the same; the exporter itself is the first to look.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
@@ -34,7 +34,7 @@ AUTO_MAP = {
     "AutoFeatureExtractor": "feature_extraction_moiety.MoietyFeatureExtractor",
     "AutoProcessor": "processing_moiety.MoietyProcessor",
 }
-PROBE = [  # methanol, and rock salt in its primitive cell; Å
+PROBE: list[dict[str, Any]] = [  # methanol, and rock salt in its primitive cell; Å
     {
         "node_type": [6, 8, 1, 1, 1, 1],
         "positions": [
@@ -106,10 +106,18 @@ def check_export(folder: Path) -> None:
 @torch.no_grad()
 def probe_outputs(model: Any, processor: Any) -> dict[str, Tensor]:
     """node_features [N,M,C] and graph_features [B,C] of the probe structures, on one CPU thread."""
-    structures = [Structure(**{name: _array(value) for name, value in fields.items()}) for fields in PROBE]
+    structures = [probe_structure(**fields) for fields in PROBE]
     with one_thread():
         output = model.to("cpu").eval()(**processor(structures))
     return {"node_features": output.node_features.contiguous(), "graph_features": output.graph_features.contiguous()}
+
+
+def probe_structure(node_type: list[int], positions: list[Any], cell: Any, pbc: Any, domain: str) -> Structure:
+    """An entry of PROBE, or of a probe.json, as a structure."""
+    structure = Structure(np.array(node_type), np.array(positions), domain=domain)
+    if cell is not None:
+        structure.cell, structure.pbc = np.array(cell), np.array(pbc)
+    return structure
 
 
 @contextmanager
@@ -121,7 +129,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _array(value: Any) -> Any:
-    return torch.tensor(value).numpy() if isinstance(value, list) else value

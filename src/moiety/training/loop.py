@@ -1,8 +1,8 @@
 """The training loop: one function that reads top to bottom, for pretraining, fine-tuning and the bridge.
 
-Three rules keep one process and many on the same path. Losses are normalised by counts over the whole optimizer step, not
-by each rank's own. Randomness belongs to the micro-batch, not to the process. The autograd graph is the same on every
-rank: every head runs on every structure, and a loss that does not apply enters with weight 0.
+Three rules keep one process and many on the same path. Losses are normalised by counts over the whole optimizer step,
+not by each rank's own. Randomness belongs to the micro-batch, not to the process. The autograd graph is the same on
+every rank: every head runs on every structure, and a loss that does not apply enters with weight 0.
 """
 # Shapes: B structures, O objectives.
 
@@ -45,12 +45,11 @@ def fit(
         FloatingPointError: the loss or the gradient was not finite 20 steps in a row.
     """
     per_step = mixture.config.micro_batches
+    run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
     engine = start_engine(model, optimizer, training, per_step)
     average = WeightAverage(engine, optimizer.ema)
     run.engine, run.average = engine, average
     state = run.resume(engine, average, mixture.fingerprint) or start_state(mixture)
-    if state["step"]:
-        run.progress.note(f"{run.path}: resumed at step {state['step']} of {training.steps}")
     window = Window(objectives, state["window"])
     started = time.perf_counter() - state["elapsed_s"]
     engine.train()
@@ -59,20 +58,16 @@ def fit(
         first = step * per_step
         mine = range(first + run.rank, first + per_step, run.world_size)
         batches = [prepare(mixture, number, objectives, engine, training.seed, window) for number in mine]
-        scored_O = torch.stack([torch.stack([o.scored(batch).double().sum() for o in objectives]) for batch in batches])
-        scored_O = scored_O.sum(0)
-        distributed.all_reduce(scored_O)  # over the whole step: a mean of per-rank means is another number
-
+        scored_O = count_scored(objectives, batches)
+        sums = StepSums(len(objectives), engine.device)
         lr = learning_rate(step, training.steps, optimizer)
         set_lr(engine, lr)
-        sums = StepSums(len(objectives), engine.device)
         for batch in batches:
             with window.timed("forward"):
                 output = engine(**batch.inputs())
                 loss = step_loss(objectives, output, batch, scored_O, sums)
             with window.timed("backward"):
-                # DeepSpeed averages gradients over the ranks; the counts are over all of them already.
-                engine.backward(loss * run.world_size, scale_wrt_gas=False)
+                engine.backward(loss * run.world_size, scale_wrt_gas=False)  # DeepSpeed averages over the ranks
             with window.timed("step"):
                 applied, grad_norm = apply_step(engine)  # does something after the last micro-batch only
         with window.timed("step"):
@@ -121,6 +116,13 @@ def prepare(
     return batch.to(engine.device)
 
 
+def count_scored(objectives: Sequence[Objective], batches: Sequence[Batch]) -> Tensor:
+    """[O] float64: items that each objective scores in the whole step; a mean of per-rank means is another number."""
+    scored_O = torch.stack([torch.cat([o.scored(batch) for batch in batches]).double().sum() for o in objectives])
+    distributed.all_reduce(scored_O)
+    return scored_O
+
+
 def step_loss(objectives: Sequence[Objective], output: Any, batch: Batch, scored_O: Tensor, sums: StepSums) -> Tensor:
     """This micro-batch's share of the step's loss; its terms are added to `sums` for the log.
 
@@ -129,7 +131,7 @@ def step_loss(objectives: Sequence[Objective], output: Any, batch: Batch, scored
     sums.add_batch(batch)
     total = torch.stack([0 * tensor.float().sum() for tensor in differentiable(output)]).sum()  # every head, every time
     for index, objective in enumerate(objectives):
-        loss_B, weight_B = objective.loss_terms(output, batch)
+        loss_B, weight_B = objective.loss_sum(output, batch), objective.scored(batch)
         loss_B = torch.where(weight_B > 0, loss_B, 0.0)
         sums.add_terms(index, batch, loss_B, weight_B)
         total = total + objective.weight * loss_B.sum() / scored_O[index].clamp(min=1).to(loss_B.dtype)
@@ -164,4 +166,4 @@ def count_skipped(run: Run, state: dict[str, Any], applied: bool) -> None:
     state["skipped_in_a_row"] += 1
     run.progress.note(f"step {state['step']}: loss or gradient not finite, skipped on all ranks")
     if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
-        raise FloatingPointError(f"{run.path}: step {state['step']} is the {MAX_SKIPPED_IN_A_ROW}th in a row not finite")
+        raise FloatingPointError(f"{run.path}: {MAX_SKIPPED_IN_A_ROW} steps in a row not finite, last {state['step']}")

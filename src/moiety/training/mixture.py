@@ -1,13 +1,14 @@
 """Which structures the m-th micro-batch of a run holds: a pure function of the configuration and m.
 
-Nothing is kept between micro-batches, so a run resumes at step s by asking for what step s holds, and the order does not
-depend on how many processes share the work. Every source shows each of its structures exactly once per epoch.
+Nothing is kept between micro-batches, so a run resumes at step s by asking for what step s holds, and the order does
+not depend on how many processes share the work. Every source shows each of its structures exactly once per epoch.
 
-Within a source and epoch: a seeded permutation is cut into windows; a window is sorted by size and cut into micro-batches
-by the node and the edge budget, so that structures of similar size stand together and little work is padding or skew; the
-micro-batches are then shuffled. Between sources: the j-th micro-batch of source i falls due at (j + phase_i) / weight_i,
-and the schedule is the merge of these progressions. After m micro-batches each source had weight_i * m of them, to within
-one, so neighbouring micro-batches, which go to different ranks, come from different domains.
+Within a source and epoch: a seeded permutation is cut into windows; a window is sorted by size and cut into
+micro-batches by the node and the edge budget, so that structures of similar size stand together and little work is
+padding or skew; the micro-batches are then shuffled. Between sources: the j-th micro-batch of source i falls due at
+(j + phase_i) / weight_i, and the schedule is the merge of these progressions. After m micro-batches each source had
+weight_i * m of them, to within one, so neighbouring micro-batches, which go to different ranks, come from different
+domains.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,8 +123,8 @@ class Mixture:
         """Opens every corpus.
 
         Raises:
-            InputError: no source, a missing corpus (with the command that builds it), an empty split, a structure above a
-                budget.
+            InputError: no source, a missing corpus (with the command that builds it), an empty split, a structure
+                above a budget.
         """
         if not config.sources:
             raise InputError("data.sources is empty; name at least one corpus")
@@ -138,10 +140,22 @@ class Mixture:
     def fingerprint(self) -> str:
         """Equal for two mixtures that yield the same structures in the same order, wherever the corpora lie."""
         facts = asdict(self.config) | {
-            "sources": [[s.corpus.fingerprint, c.weight] for s, c in zip(self.sources, self.config.sources)],
+            "sources": [[s.corpus.fingerprint, float(w)] for s, w in zip(self.sources, self._weights, strict=True)],
             "order": [ORDER_VERSION, WINDOW],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """Corpus name -> domain, structures, nodes, share of the micro-batches."""
+        return {
+            source.name: {
+                "domain": source.corpus.domain,
+                "structures": len(source.corpus),
+                "nodes": int(source.corpus.num_nodes.sum()),
+                "share": round(float(weight), 4),
+            }
+            for source, weight in zip(self.sources, self._weights, strict=True)
+        }
 
     def micro_batch(self, number: int) -> MicroBatch:
         """The micro-batch of that number, counted over the whole run and all ranks."""
@@ -171,8 +185,8 @@ class Mixture:
         first = np.maximum(0, np.ceil((number - margin) * self._weights - self._phases)).astype(np.int64)
         candidates = [
             ((position + phase) / weight, source, position)
-            for source, (start, weight, phase) in enumerate(zip(first.tolist(), self._weights, self._phases))
-            for position in range(start, start + int(2 * margin * weight) + 2)
+            for source, (weight, phase) in enumerate(zip(self._weights, self._phases, strict=True))
+            for position in range(int(first[source]), int(first[source] + 2 * margin * weight) + 2)
         ]
         _, source, position = sorted(candidates)[number - int(first.sum())]
         return source, position

@@ -1,6 +1,7 @@
 """A run directory: what was asked, what happened, and everything needed to go on after a kill.
 
 config.json            the configuration; a run only resumes with the same one
+run.json               what ran: parameters, corpora, machine, versions
 log.jsonl              one record every `training.log_every` steps
 checkpoints/step_N/    DeepSpeed's files, each rank's averaged weights, state.json; complete.json is written last
 checkpoints/latest     the newest complete checkpoint
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,6 +83,15 @@ class Run:
     def log_path(self) -> Path:
         return self.path / "log.jsonl"
 
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Writes run.json: what ran, on what, with which versions."""
+        if self.rank == 0:
+            packages = ("moiety", "torch", "deepspeed", "transformers", "vesin")
+            versions = {name: metadata.version(name) for name in packages}
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+            machine = {"processes": self.world_size, "threads": torch.get_num_threads(), "device": device}
+            write_json(self.path / "run.json", facts | {"machine": machine, "versions": versions})
+
     def log(self, record: dict[str, Any], total_steps: int) -> None:
         """Appends a record on rank 0 and shows it."""
         if self.rank == 0:
@@ -129,6 +140,7 @@ class Run:
         means = torch.load(self.checkpoints / tag / f"average_rank_{self.rank}.pt", weights_only=True)
         for mean, loaded in zip(average.means, means, strict=True):
             mean.copy_(loaded)
+        self.progress.note(f"{self.path}: resumed at step {state['step']}")
         return state
 
     def _complete(self) -> list[str]:
@@ -154,7 +166,7 @@ class Run:
         refused = [key for key in changed if key.rpartition(".")[2] not in FREE_TO_CHANGE]
         if refused:
             lines = "".join(f"\n  {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in refused)
-            raise InputError(f"{self.path} holds a run of another configuration:{lines}\nUse --fresh, or another --out.")
+            raise InputError(f"{self.path}: a run of another configuration:{lines}\nuse --fresh, or another --out")
         for key in changed:
             self.progress.note(f"{key}: {old.get(key)} -> {new.get(key)}")
 

@@ -15,7 +15,7 @@ from moiety.models.vocabulary_moiety import DOMAINS
 from moiety.objectives import Objective
 from moiety.tokens.batch import Batch
 
-PHASES = ("data", "neighbours", "forward", "backward", "step")
+PHASES: tuple[str, ...] = ("data", "neighbours", "forward", "backward", "step")
 
 
 class StepSums:
@@ -42,7 +42,7 @@ class Window:
         num_sums = len(DOMAINS) * len(objectives) * 2 + 2
         self._sums = torch.tensor(state["sums"] if state else [0.0] * num_sums, dtype=torch.float64)
         self._grad_norms: list[float] = list(state["grad_norms"]) if state else []
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._started = time.perf_counter()
         self._structures_before = self._nodes_before = 0.0  # of the resumed part: not done in this process's time
         if state:
@@ -75,7 +75,7 @@ class Window:
         busy = sum(self._seconds.values())
         return {
             "step": state["step"],
-            "loss": sum(objective.weight * mean for objective, mean in zip(self._objectives, means_O.tolist(), strict=True)),
+            "loss": sum(o.weight * mean for o, mean in zip(self._objectives, means_O.tolist(), strict=True)),
             "losses": {
                 domain: losses for index, domain in enumerate(DOMAINS) if (losses := self._means(terms_DO2[index]))
             },
