@@ -45,7 +45,7 @@ def _document(text: str) -> gemmi.cif.Document:
 
     try:
         return gemmi.cif.read_string(text)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         message = str(error).splitlines()[0]
         where = ERROR_LINE.search(message)
         rest = text.split("\n")[int(where.group(1)) :] if where else []
