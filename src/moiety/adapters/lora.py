@@ -21,7 +21,7 @@ from moiety.errors import InputError
 from moiety.models.modeling_moiety import MoietyForPrediction
 
 FINGERPRINT_FILE = "moiety_adapter.json"
-DIRECTIONAL = re.compile(r"\.(degrees|out)\.[12]$|\.(vectors|vector|tensor|weigh)$")  # Linears that act on l > 0
+DIRECTIONAL = re.compile(r"\.(degrees|out)\.[12]$|\.vectors$")  # linear maps of the trunk that act on l > 0
 
 
 @dataclass(frozen=True)

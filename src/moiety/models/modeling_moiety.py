@@ -58,6 +58,7 @@ class MoietyPreTrainedModel(PreTrainedModel):
     base_model_prefix = "moiety"
     main_input_name = "positions"
     _no_split_modules = ("Block",)
+    _keys_to_ignore_on_load_unexpected = (r"^(noise_head|type_head|strain_head|heads)\.",)  # other tasks' heads
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
