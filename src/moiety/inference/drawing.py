@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from ase.data import covalent_radii
 from ase.data.colors import jmol_colors
-from scipy.spatial import ConvexHull, cKDTree
+from scipy.spatial import ConvexHull, KDTree
 
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE, MASK, TOKENS
 
@@ -96,7 +96,7 @@ def _atoms(places: np.ndarray, numbers: np.ndarray) -> list[go.Mesh3d]:
         mesh = _merge((p + size * ball[0], ball[1]) for p in places[chosen])
         red, green, blue = (255 * jmol_colors[min(number, len(jmol_colors) - 1)]).astype(int)
         traces.append(_mesh3d(mesh, f"rgb({red},{green},{blue})", TOKENS[number]))
-    pairs = cKDTree(places).query_pairs(2 * covalent_radii[known].max() + BOND_SLACK, output_type="ndarray")
+    pairs = KDTree(places).query_pairs(2 * covalent_radii[known].max() + BOND_SLACK, output_type="ndarray")
     radii = covalent_radii[known]
     distance = np.linalg.norm(places[pairs[:, 0]] - places[pairs[:, 1]], axis=1)
     bonds = pairs[distance < radii[pairs[:, 0]] + radii[pairs[:, 1]] + BOND_SLACK]
