@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -126,7 +127,7 @@ class Shard:
 
     def geometry(self, indices: Array) -> list[Structure]:
         """Rows as structures with geometry, scalars, id and domain; arrays are views."""
-        columns = {name: self._rows(name, indices) for name in GEOMETRY}
+        columns: dict[str, list[Any]] = {name: self._rows(name, indices) for name in GEOMETRY}
         ids = self.table["id"].chunk(0).take(pa.array(indices)).to_pylist()
         charges, spins = self.column("charge")[indices].tolist(), self.column("spin")[indices].tolist()
         names, values = self._scalars
@@ -147,7 +148,7 @@ class Shard:
         """One row with every field; arrays are copies."""
         row = self.table.slice(index, 1)
         plain = (*STRINGS, "charge", "spin", "energy", "chain")
-        fields = {name: row[name][0].as_py() for name in plain if self.has(name)}
+        fields: dict[str, Any] = {name: row[name][0].as_py() for name in plain if self.has(name)}
         for name in ARRAYS:
             array = self._rows(name, np.array([index]))[0]
             fields[name] = None if array is None else np.array(array)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import torch_geometric.data
 
 LIGAND_NAME = "LIG"
-VOIGT = ((0, 5, 4), (5, 1, 3), (4, 3, 2))  # place of each tensor component in xx yy zz yz xz xy
+VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])  # place of each tensor component in xx yy zz yz xz xy
+VOIGT_PAIRS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
 def from_object(obj: Any, residues: bool = False) -> Structure:
@@ -55,7 +57,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
         key: float(value)
         for key, value in values.items()
         if isinstance(value, Real) and not isinstance(value, bool | np.bool_)
-        if np.isfinite(value) and key not in taken and not key.startswith("_")
+        if math.isfinite(value) and key not in taken and not key.startswith("_")
     }
 
 
@@ -70,7 +72,7 @@ def _add_ase_labels(structure: Structure, atoms: ase.Atoms) -> None:
         structure.forces = np.array(results["forces"], dtype=np.float64)
     if results.get("stress") is not None:
         stress = np.array(results["stress"], dtype=np.float64)
-        structure.stress = stress[np.array(VOIGT)] if stress.shape == (6,) else stress.reshape(3, 3)
+        structure.stress = stress[VOIGT] if stress.shape == (6,) else stress.reshape(3, 3)
     if results.get("dipole") is not None:
         structure.dipole = np.array(results["dipole"], dtype=np.float64)
 
@@ -87,16 +89,13 @@ def to_ase(structure: Structure) -> ase.Atoms:
     results = {
         "energy": structure.energy,
         "forces": structure.forces,
-        "stress": None if stress is None else np.array([stress[i, j] for i, j in _VOIGT_PAIRS]),
+        "stress": None if stress is None else stress[*zip(*VOIGT_PAIRS, strict=True)],
         "dipole": structure.dipole,
     }
     results = {name: value for name, value in results.items() if value is not None}
     if results:
         atoms.calc = SinglePointCalculator(atoms, **results)
     return atoms
-
-
-_VOIGT_PAIRS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
 def to_rdkit(structure: Structure) -> rdkit.Chem.Mol:
@@ -162,8 +161,9 @@ def to_biotite(structure: Structure) -> biotite.structure.AtomArray:
             position = structure.positions[node] + offset
             atoms.append(struc.Atom(position, atom_name=name, element=name[0], **place, **residue))
     array = struc.array(atoms)
-    array.set_annotation("charge", np.zeros(len(atoms), dtype=int))
-    array.charge[0] = structure.charge  # the only place biotite has for it
+    charge = np.zeros(len(atoms), dtype=int)
+    charge[0] = structure.charge  # the only place biotite has for it
+    array.set_annotation("charge", charge)
     if structure.periodic:
         array.box = np.asarray(structure.cell)
     return array
@@ -203,8 +203,12 @@ def to_pyg(structure: Structure) -> torch_geometric.data.Data:
         if getattr(structure, name) is not None:
             fields[name] = getattr(structure, name)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in fields.items()}
+    data = Data(**tensors)
     numbers = {"charge": structure.charge, "spin": structure.spin, "energy": structure.energy} | structure.scalars
-    return Data(**tensors, **{name: value for name, value in numbers.items() if value is not None})
+    for name, value in numbers.items():
+        if value is not None:
+            data[name] = value
+    return data
 
 
 def _atomic_numbers(structure: Structure) -> Array:

@@ -147,16 +147,18 @@ def _from_pymatgen(obj: Any) -> Fields:
 
 def _from_pyg(obj: Any) -> Fields:
     def array(name: str) -> Any:
-        value = getattr(obj, name, None)
+        value: Any = getattr(obj, name, None)
         return value.detach().cpu().numpy() if hasattr(value, "detach") else value
 
-    cell, pbc = array("cell"), array("pbc")
+    numbers, positions, cell, pbc = array("z"), array("pos"), array("cell"), array("pbc")
+    if numbers is None or positions is None:
+        raise ValueError("the Data needs z (atomic numbers) and pos (Å)")
     if cell is not None and pbc is None:
         pbc = True
     charge, spin = array("charge"), array("spin")
     return fields_of(
-        array("z"),
-        array("pos"),
+        numbers,
+        positions,
         cell,
         pbc,
         0 if charge is None else np.asarray(charge).item(),
@@ -290,7 +292,7 @@ def _amino_acids(
     for index, name in enumerate(BACKBONE):
         atoms = np.flatnonzero(atom_name == name)[::-1]  # of two atoms with one name the first stays
         backbone[residue_of[atoms], index] = coord[atoms]
-    names = [RESIDUE_ALIASES.get(name, name) for name in res_name[first].tolist()]
+    names = [RESIDUE_ALIASES.get(str(name), str(name)) for name in res_name[first]]
     kind = np.array([RESIDUE_ID.get(name, RESIDUE_ID["UNK"]) for name in names], dtype=np.int64)
     known = np.array([name in RESIDUE_ID for name in names], dtype=bool)
     n, ca, c = backbone[:, 0], backbone[:, 1], backbone[:, 2]
@@ -301,11 +303,12 @@ def _amino_acids(
         bonded[:-1] |= peptide
         bonded[1:] |= peptide
     sound = complete & _near(n, ca) & _near(ca, c)
-    return kind, (known & ~hetero[first]) | (sound & bonded), backbone, complete
+    is_amino = np.logical_or(known & ~hetero[first], sound & bonded)
+    return kind, is_amino, backbone, complete
 
 
 def _near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(a - b, axis=-1) < BOND  # False where an atom is absent (NaN)
+    return np.less(np.linalg.norm(a - b, axis=-1), BOND)  # False where an atom is absent (NaN)
 
 
 def _offsets(backbone: np.ndarray) -> np.ndarray:

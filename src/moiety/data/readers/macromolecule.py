@@ -7,7 +7,7 @@ Of several models the first is read, of alternative locations the first; waters 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def from_gemmi(found: gemmi.Structure, all_atom: bool) -> Structure:
         del found[1]
     found.remove_alternative_conformations()
     found.remove_waters()
-    flat = gemmi.FlatStructure(found)
+    flat: Any = gemmi.FlatStructure(found)  # its stubs call the arrays objects
     if len(flat.pos) == 0:
         raise Rejected("no-atoms", "no atom records but water, if any")
     res_name = _strings(flat.residue_names)

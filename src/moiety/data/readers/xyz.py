@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from moiety.data.convert import from_object
 from moiety.data.readers.text import quietly
@@ -51,7 +52,8 @@ def _frame(lines: list[str]) -> Structure:
     columns = COLUMNS.search(lines[1])
     if columns is None or columns.group(1).lower().startswith("species:"):
         _refuse_unknown_symbols(lines[2:])
-    atoms = quietly(lambda: next(iter(read_xyz(io.StringIO("\n".join(lines) + "\n"), slice(0, 1)))))
+    only: Any = slice(0, 1)  # ASE's own annotation says int
+    atoms = quietly(lambda: next(iter(read_xyz(io.StringIO("\n".join(lines) + "\n"), only))))
     return quietly(lambda: from_object(atoms))
 
 
