@@ -195,10 +195,10 @@ class VectorHead(nn.Module):
 
     def __init__(self, config: MoietyConfig):
         super().__init__()
-        channels = config.hidden_size
-        self.gate = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels))
-        self.vector = nn.Linear(channels, channels, bias=False)
-        self.weigh = nn.Linear(channels, 1, bias=False)
+        channels, inner = config.hidden_size, config.hidden_size // 2
+        self.gate = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), nn.Linear(inner, inner))
+        self.vector = nn.Linear(channels, inner, bias=False)
+        self.weigh = nn.Linear(inner, 1, bias=False)
         self.weigh.init_gain = 0.3
 
     def forward(self, features_NMC: Tensor) -> Tensor:
@@ -279,10 +279,10 @@ class TaskHead(nn.Module):
         super().__init__()
         if kind not in self.KINDS:
             raise ValueError(f"task kind {kind!r} is not one of {', '.join(self.KINDS)}")
-        channels = config.hidden_size
+        channels, inner = config.hidden_size, config.hidden_size // 2
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
         if kind != "vector":
-            self.scalar = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
+            self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), nn.Linear(inner, 1))
         if kind in ("vector", "dipole_norm"):
             self.vector = VectorHead(config)
 

@@ -1,0 +1,134 @@
+"""The adapter is plain peft: it starts as the base, trains alone, travels, merges, and knows its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from moiety.adapters.lora import (
+    DIRECTIONAL,
+    LoraSettings,
+    add_lora,
+    load_adapted,
+    load_base,
+    save_adapter,
+    trainable_share,
+    trunk_linears,
+)
+from moiety.data.shards import Corpus
+from moiety.errors import InputError
+from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
+from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.training.config import PretrainConfig, load_config
+from moiety.training.export import write_export
+
+ROOT = Path(__file__).parents[1]
+TASKS = {"dipole": {"kind": "dipole_norm", "mean": 2.7, "std": 1.5, "unit": "D"}}
+SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "edge_channels": 16}
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "export"
+    torch.manual_seed(0)
+    model = MoietyForPreTraining(MoietyConfig(**SMALL))
+    write_export(model.state_dict(), model.config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    corpus = Corpus.open(ROOT / "tests/data/corpora/qm9", split="train")
+    return with_neighbors(collate(corpus.read(range(8))), 5.0)
+
+
+def randomized(model: PeftModel) -> PeftModel:
+    """An adapter as training might leave it: no part of it is zero."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def dipole(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(**batch.inputs()).predictions["dipole"]
+
+
+def test_a_new_adapter_predicts_what_the_base_predicts(export: Path, batch: Batch) -> None:
+    torch.manual_seed(0)
+    base = load_base(export, TASKS).eval()
+    expected = dipole(base, batch)
+    assert torch.allclose(dipole(add_lora(base, LoraSettings()).eval(), batch), expected, rtol=1e-5)
+
+
+def test_saved_loaded_and_merged_adapters_predict_the_same(export: Path, batch: Batch, tmp_path: Path) -> None:
+    adapted = randomized(add_lora(load_base(export, TASKS), LoraSettings()))
+    expected = dipole(adapted, batch)
+    assert (expected - dipole(load_base(export, TASKS).eval(), batch)).abs().max() > 1e-2
+    save_adapter(adapted, tmp_path / "adapter", export, TASKS)
+
+    by_peft = PeftModel.from_pretrained(load_base(export, TASKS), str(tmp_path / "adapter")).eval()
+    by_us, _ = load_adapted(export, tmp_path / "adapter")
+    merged = by_us.merge_and_unload()
+    assert isinstance(merged, MoietyForPrediction)
+    merged.save_pretrained(tmp_path / "merged")
+    for model in (by_peft, merged, MoietyForPrediction.from_pretrained(tmp_path / "merged").eval()):
+        assert torch.allclose(dipole(model, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_refuses_another_base(export: Path, tmp_path: Path) -> None:
+    save_adapter(add_lora(load_base(export, TASKS), LoraSettings()), tmp_path / "adapter", export, TASKS)
+    torch.manual_seed(9)
+    other = MoietyForPreTraining(MoietyConfig(**SMALL))
+    write_export(other.state_dict(), other.config, tmp_path / "other")
+    theirs = json.loads((tmp_path / "adapter/moiety_adapter.json").read_text())["base_fingerprint"]
+    with pytest.raises(InputError, match=theirs):
+        load_adapted(tmp_path / "other", tmp_path / "adapter")
+
+
+def test_a_missing_adapter_and_a_missing_base_are_named(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        load_adapted(export, tmp_path / "nowhere")
+    with pytest.raises(InputError, match="nowhere"):
+        load_base(tmp_path / "nowhere", TASKS)
+
+
+def test_gradients_and_optimizer_state_exist_for_adapter_and_head_alone(export: Path, batch: Batch) -> None:
+    adapted = add_lora(load_base(export, TASKS), LoraSettings())
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or ".heads.dipole.modules_to_save" in name for name in trained)
+    optimizer = torch.optim.AdamW(trained.values())
+    adapted(**batch.inputs()).predictions["dipole"].sum().backward()
+    optimizer.step()
+    assert {name for name, p in adapted.named_parameters() if p.grad is not None} == set(trained)
+    assert sum(p.numel() for p in optimizer.state) == trainable_share(adapted)[0]
+
+
+def test_every_linear_map_of_the_trunk_is_adapted_and_dropout_spares_directions(export: Path) -> None:
+    base = load_base(export, TASKS)
+    names = trunk_linears(base)
+    adapted = add_lora(base, LoraSettings(dropout=0.5))
+    layers = {name: m for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    assert {name.removeprefix("base_model.model.") for name in layers} == set(names)
+    for name, layer in layers.items():
+        kind = nn.Identity if DIRECTIONAL.search(name) else nn.Dropout
+        assert isinstance(layer.lora_dropout["default"], kind), name
+        weight = layer.get_base_layer()
+        assert not (isinstance(weight.bias, nn.Parameter) and DIRECTIONAL.search(name))
+
+
+@pytest.mark.parametrize(("size", "rank", "limit"), [("tiny", 8, 0.20), ("small", 4, 0.05)])
+def test_the_trainable_share_stays_small(size: str, rank: int, limit: float) -> None:
+    config = load_config(PretrainConfig, ROOT / f"pretrain/configs/{size}.yaml").model_config()
+    config.tasks = TASKS
+    trained, total = trainable_share(add_lora(MoietyForPrediction(config), LoraSettings(rank=rank)))
+    assert trained / total < limit
