@@ -68,8 +68,8 @@ def run_dir(tmp_path: Path, examples: list[dict]) -> Path:
     (run / "log.jsonl").write_text("".join(log_line(step) + "\n" for step in range(1, 101)))
     (run / "trivial.json").write_text('{"molecule": {"coordinates": 0.9}}')
     corpora = {
-        "qm9": {"domain": "molecule", "structures": 100, "nodes": 1800, "licence": "CC0-1.0"},
-        "ccd": {"domain": "molecule", "structures": 50, "nodes": 1500, "licence": "CC0-1.0"},
+        "qm9": {"domain": "molecule", "structures": 100, "nodes": 1800, "share": 0.7},
+        "ccd": {"domain": "molecule", "structures": 50, "nodes": 1500, "share": 0.3},
     }
     (run / "run.json").write_text(
         json.dumps({"parameters": 512_345, "corpora": corpora, "versions": {"torch": "2.13.0"}})

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +17,23 @@ from moiety.inference.examples import denoising_examples
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.objectives import Objective, build_objectives
 
-PACKAGES = ("moiety", "torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "vesin")
-EXAMPLE_NODES = {"protein": (40, 120)}  # how large a structure is easy to look at
+EXAMPLES = "denoising_examples.json"
+EXAMPLE_NODES = {"molecule": (14, 36), "protein": (60, 140)}  # how large a structure is easy to look at
 MAX_CANDIDATES = 200  # structures of a corpus among which an example is looked for
-DEFAULT_EXAMPLE_NODES = (6, 60)
+DEFAULT_EXAMPLE_NODES = (4, 40)
 
 
 def needs_description(run_dir: Path) -> bool:
     """Whether a pretraining run has an export that was not described yet."""
     weights = Path(run_dir) / "export" / "model.safetensors"
-    facts = Path(run_dir) / "run.json"
+    examples = Path(run_dir) / EXAMPLES
     if not weights.exists() or "objectives" not in _config(run_dir):
         return False
-    return not facts.exists() or facts.stat().st_mtime < weights.stat().st_mtime
+    return not examples.exists() or examples.stat().st_mtime < weights.stat().st_mtime
 
 
 def describe_run(run_dir: Path, sigma: float = 0.1, seed: int = 0, num_nodes: int = 100_000) -> None:
-    """Writes run.json, trivial.json and denoising_examples.json (see `moiety.inference.run_files`).
+    """Writes trivial.json and denoising_examples.json (see `moiety.inference.run_files`).
 
     The exported model denoises one structure of each domain, from the validation split where there is one; the corpora
     are those of the run's config.json.
@@ -69,27 +66,7 @@ def describe_run(run_dir: Path, sigma: float = 0.1, seed: int = 0, num_nodes: in
             held_out.setdefault(corpus.domain, []).extend(unseen.read(rng.permutation(len(unseen))[:MAX_CANDIDATES]))
     shown = [_easy_to_see(domain, held_out.get(domain, structures)) for domain, structures in seen.items()]
     _write(run_dir / "trivial.json", {domain: trivial_losses(found, objectives) for domain, found in seen.items()})
-    _write(run_dir / "denoising_examples.json", denoising_examples(model, shown, sigma, seed))
-    _write(run_dir / "run.json", _facts(model, corpora))  # last: says that the others are complete
-
-
-def _facts(model: MoietyForPreTraining, corpora: Sequence[Corpus]) -> dict[str, object]:
-    shape = ("hidden_size", "num_layers", "num_heads", "lmax", "edge_channels", "cutoff", "global_every")
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "model": {key: getattr(model.config, key) for key in shape},
-        "corpora": {
-            str(corpus.manifest["name"]): {
-                "domain": corpus.domain,
-                "structures": len(corpus),
-                "nodes": int(corpus.num_nodes.sum()),
-                "licence": corpus.manifest["licence"],
-            }
-            for corpus in corpora
-        },
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
-        "versions": {name: version(name) for name in PACKAGES},
-    }
+    _write(run_dir / EXAMPLES, denoising_examples(model, shown, sigma, seed))  # last: says that all is complete
 
 
 def _config(run_dir: Path) -> dict[str, Any]:
@@ -108,7 +85,9 @@ def trivial_losses(structures: Sequence[Structure], objectives: Sequence[Objecti
 
 
 def _easy_to_see(domain: str, structures: list[Structure]) -> Structure:
-    """The first structure whose size suits a picture, or the smallest one."""
+    """Of the structures whose size suits a picture the one with the most node types; the smallest if none suits."""
     low, high = EXAMPLE_NODES.get(domain, DEFAULT_EXAMPLE_NODES)
-    suited = (s for s in structures if low <= s.num_nodes <= high and len(np.unique(s.node_type)) > 1)
-    return next(suited, min(structures, key=lambda s: s.num_nodes))
+    suited = [structure for structure in structures if low <= structure.num_nodes <= high]
+    if not suited:
+        return min(structures, key=lambda structure: structure.num_nodes)
+    return max(suited, key=lambda structure: len(np.unique(structure.node_type)))

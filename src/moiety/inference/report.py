@@ -161,10 +161,10 @@ def _structures(files: RunFiles) -> Iterator[Section]:
         legend = f"<br>Tube: CA trace; beads:{beads}." if example["domain"] == "protein" else ""
         legend += "<br>Thin lines: the unit cell." if example["cell"] is not None else ""
         caption = (
-            f"{len(example['node_type'])} nodes, noise σ = {example['sigma']:.2g} Å, arrows {factor:.0f} times as long "
+            f"{escape(example['id'])}: {len(example['node_type'])} nodes, noise σ = {example['sigma']:.2g} Å, arrows {factor:.0f} times as long "
             f"as the displacements. Error {example['error']:.2f} σ² (predicting nothing: 1).{legend}"
         )
-        parts.append(_figure(figure, f"{example['domain']} {example['id']}", caption, html_caption=True))
+        parts.append(_figure(figure, example["domain"].capitalize(), caption, html_caption=True))
     yield Section("structures", "Denoising, seen", "".join(parts) + "</div>")
 
 
@@ -177,7 +177,7 @@ def _transfer(files: RunFiles) -> Iterator[Section]:
         metrics = ", ".join(f"{name} {value:.3g}" for name, value in prediction.get("metrics", {}).items())
         baselines = "".join(f"; {name} {value:.3g}" for name, value in prediction.get("baselines", {}).items())
         count = f"{len(prediction['true']):,} structures of the {prediction.get('split', 'test')} set"
-        title = f"{prediction['target']} ({prediction['directory']})"
+        title = f"{prediction['target']}, {prediction.get('method', prediction['directory'])}"
         pictures.append(_figure(parity_figure(prediction), title, f"{count}. {metrics}{baselines}."))
     if pictures:
         yield Section("transfer", "Transfer to labelled properties", f"<div class=grid>{''.join(pictures)}</div>")
@@ -209,21 +209,22 @@ def time_shares(files: RunFiles) -> dict[str, float]:
 def _facts(files: RunFiles) -> Iterator[Section]:
     parts = []
     if corpora := files.run.get("corpora"):
+        header = ["corpus", "domain", "structures", "nodes", "share of the micro-batches"]
         rows = [
-            [escape(name), _domain(c["domain"]), f"{c['structures']:,}", f"{c['nodes']:,}", escape(c["licence"])]
+            [escape(name), _domain(c["domain"]), f"{c['structures']:,}", f"{c['nodes']:,}", f"{100 * c['share']:.0f} %"]
             for name, c in corpora.items()
         ]
-        parts.append(
-            "<h3>Corpora</h3>" + _table(["corpus", "domain", "structures", "nodes", "licence"], rows, text=(0, 1, 4))
-        )
-    simple = {key: value for key, value in files.run.items() if key != "corpora"}
-    fine_tuning = [
-        {key: value for key, value in metrics.items() if key not in ("results", "unit", "metric")}
-        for metrics in files.metrics
-    ]
-    for title, facts in [("Sizes and versions", simple), *((f"Fine-tuning: {m['directory']}", m) for m in fine_tuning)]:
+        parts.append("<h3>Corpora</h3>" + _table(header, rows))
+    tables = {"Sizes and versions": {key: value for key, value in files.run.items() if key != "corpora"}}
+    for metrics in files.metrics:
+        hidden = ("results", "unit", "metric", "directory")
+        tables[f"Fine-tuning in {metrics['directory']}"] = {k: v for k, v in metrics.items() if k not in hidden}
+    for title, facts in tables.items():
         if facts:
-            parts.append(f"<h3>{escape(title)}</h3>" + _table(None, [list(row) for row in _flat(facts)], text=(0, 1)))
+            parts.append(f"<h3>{escape(title)}</h3>" + _table(None, [list(row) for row in _flat(facts)]))
+    if files.config:
+        table = _table(None, [list(row) for row in _flat(files.config)])
+        parts.append(f"<details><summary>Configuration</summary>{table}</details>")
     if parts:
         yield Section("facts", "Data, sizes, versions", "".join(parts))
 
@@ -260,6 +261,8 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in facts.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key} ")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            yield from _flat({str(number): item for number, item in enumerate(value, start=1)}, f"{prefix}{key} ")
         else:
             shown = (
                 f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,7 +1,8 @@
 """The files of a run directory, as reports and tables read them. Whatever is missing yet is simply empty.
 
 log.jsonl                training: step, loss, losses {domain: {objective: value}}, lr, structures_per_s, ... per line
-run.json                 describe_run: parameters, versions, corpora {name: {domain, structures, nodes, licence}}, ...
+config.json              training: the configuration, any nesting
+run.json                 training: parameters, versions, machine, corpora {name: {domain, structures, nodes, share}}
 trivial.json             describe_run: {domain: {objective: loss of a predictor that knows nothing}}
 denoising_examples.json  describe_run: a list, see `moiety.inference.examples.denoising_examples`
 metrics.json             fine-tuning: target, metric, unit, results {method: value}; the rest is shown as is
@@ -30,6 +31,7 @@ class RunFiles:
 
     directory: Path
     log: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     trivial: dict[str, dict[str, float]] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +51,7 @@ class RunFiles:
         files = cls(
             directory=directory,
             log=_read_log(directory / "log.jsonl"),
+            config=_read(directory / "config.json", {}),
             run=_read(directory / "run.json", {}),
             trivial=_read(directory / "trivial.json", {}),
             examples=_read(directory / "denoising_examples.json", []),
