@@ -123,6 +123,17 @@ def test_the_first_model_and_the_first_alternative_location_are_read(tmp_path):
     assert np.array_equal(read_one(path).positions, read_one(FILES / "two_models.pdb").positions)
 
 
+def test_a_residue_without_a_number_is_refused_not_dropped(tmp_path):
+    path = tmp_path / "nan.pdb"
+    path.write_text((FILES / "peptide.pdb").read_text().replace(ca_x(), "     nan", 1))
+    assert codes(path) == ["not-finite"]
+
+
+def ca_x() -> str:
+    """The x column of the first CA of the peptide."""
+    return next(line[30:38] for line in (FILES / "peptide.pdb").read_text().splitlines() if line[12:16] == " CA ")
+
+
 def test_v3000_charges_and_property_fields_of_an_sdf_are_kept():
     ethanol, ammonium = read_structures(FILES / "two.sdf")
     assert (ethanol.scalars, ethanol.text) == ({"logp": -0.31}, ["ethanol"])

@@ -233,12 +233,12 @@ def nodes_from_atoms(
     numbers, res_id, hetero = np.asarray(numbers), np.asarray(res_id), np.asarray(hetero, dtype=bool)
     atom_name, res_name, chain = (np.asarray(a, dtype=str) for a in (atom_name, res_name, chain))
     residue_of, first = _residue_index(chain, res_id, np.asarray(ins_code, dtype=str), res_name)
-    kind, is_amino, backbone, complete = _amino_acids(coord, atom_name, res_name, hetero, residue_of, first)
+    kind, is_amino, backbone, present = _amino_acids(coord, atom_name, res_name, hetero, residue_of, first)
     is_water = np.isin(res_name, WATER)
     in_protein = is_amino[residue_of]
     if residues:
         atoms = np.flatnonzero(~in_protein & ~is_water)
-        nodes = np.flatnonzero(is_amino & complete)
+        nodes = np.flatnonzero(is_amino & present[:, :3].all(axis=1))
     else:
         atoms, nodes = np.arange(len(coord)), np.empty(0, dtype=np.int64)
     place = np.concatenate([first[nodes], atoms])  # the atom that stands for the node: files keep their order
@@ -246,7 +246,7 @@ def nodes_from_atoms(
     place = place[order]
     node_type = np.concatenate([kind[nodes], numbers[atoms]])[order]
     positions = np.concatenate([backbone[nodes, 1], coord[atoms]])[order]
-    vectors = np.concatenate([_offsets(backbone[nodes]), np.zeros((len(atoms), 4, 3))])[order]
+    vectors = np.concatenate([_offsets(backbone[nodes], present[nodes, 3]), np.zeros((len(atoms), 4, 3))])[order]
     role = np.where(in_protein, ROLE_ID["protein"], np.where(is_water, ROLE_ID["solvent"], ROLE_ID["ligand"]))[place]
     any_protein, any_ligand = bool((role == ROLE_ID["protein"]).any()), bool((role == ROLE_ID["ligand"]).any())
     fields = fields_of(node_type, positions, chain=chain[place].tolist(), residue_index=res_id[place].astype(np.int64))
@@ -285,37 +285,37 @@ def _amino_acids(
     are that have a backbone and a peptide bond to a neighbour.
 
     Returns:
-        kind [R] vocabulary id, is_amino [R], backbone [R,4,3] Å of N, CA, C, O (NaN where absent), complete [R].
+        kind [R] vocabulary id, is_amino [R], backbone [R,4,3] Å of N, CA, C, O, present [R,4] which of them there are.
     """
     num_residues = len(first)
-    backbone = np.full((num_residues, 4, 3), np.nan)
+    backbone, present = np.zeros((num_residues, 4, 3)), np.zeros((num_residues, 4), dtype=bool)
     for index, name in enumerate(BACKBONE):
         atoms = np.flatnonzero(atom_name == name)[::-1]  # of two atoms with one name the first stays
-        backbone[residue_of[atoms], index] = coord[atoms]
+        backbone[residue_of[atoms], index], present[residue_of[atoms], index] = coord[atoms], True
     names = [RESIDUE_ALIASES.get(str(name), str(name)) for name in res_name[first]]
     kind = np.array([RESIDUE_ID.get(name, RESIDUE_ID["UNK"]) for name in names], dtype=np.int64)
     known = np.array([name in RESIDUE_ID for name in names], dtype=bool)
     n, ca, c = backbone[:, 0], backbone[:, 1], backbone[:, 2]
-    complete = ~np.isnan(backbone[:, :3]).any(axis=(1, 2))
+    complete = present[:, 0] & present[:, 1] & present[:, 2]
     bonded = np.zeros(num_residues, dtype=bool)
     if num_residues > 1:
-        peptide = _near(c[:-1], n[1:])
+        peptide = complete[:-1] & complete[1:] & _near(c[:-1], n[1:])
         bonded[:-1] |= peptide
         bonded[1:] |= peptide
     sound = complete & _near(n, ca) & _near(ca, c)
     is_amino = np.logical_or(known & ~hetero[first], sound & bonded)
-    return kind, is_amino, backbone, complete
+    return kind, is_amino, backbone, present
 
 
 def _near(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.less(np.linalg.norm(a - b, axis=-1), BOND)  # False where an atom is absent (NaN)
+    return np.less(np.linalg.norm(a - b, axis=-1), BOND)
 
 
-def _offsets(backbone: np.ndarray) -> np.ndarray:
+def _offsets(backbone: np.ndarray, has_o: np.ndarray) -> np.ndarray:
     """[R,4,3] Å, offsets of N, C, O, CB from CA; the O of a residue without one is zero."""
     n, ca, c, o = (backbone[:, index] for index in range(4))
     offsets = np.stack([n - ca, c - ca, o - ca, virtual_cb(n, ca, c) - ca], axis=1)
-    offsets[:, 2][np.isnan(o).any(axis=1)] = 0.0
+    offsets[~has_o, 2] = 0.0
     return offsets
 
 
