@@ -3,8 +3,8 @@
 Nothing is kept between micro-batches, so a run resumes at step s by asking for what step s holds, and the order does
 not depend on how many processes share the work. Every source shows each of its structures exactly once per epoch.
 
-Within a source and epoch: a seeded permutation is cut into windows; a window is sorted by size and cut into
-micro-batches by the node and the edge budget, so that structures of similar size stand together and little work is
+Within a source and epoch: a seeded permutation is cut into windows; a window is roughly sorted by size and cut
+into micro-batches by the node and the edge budget, so that structures of similar size stand together and little work is
 padding or skew; the micro-batches are then shuffled. Between sources: the j-th micro-batch of source i falls due at
 (j + phase_i) / weight_i, and the schedule is the merge of these progressions. After m micro-batches each source had
 weight_i * m of them, to within one, so neighbouring micro-batches, which go to different ranks, come from different
@@ -28,6 +28,7 @@ from moiety.training.config import DataConfig
 
 ORDER_VERSION = 1  # part of the fingerprint: raise it when the order of the same configuration changes
 WINDOW = 4096  # structures sorted by size together
+SIZE_JITTER = 0.15  # sorted by size to within this share, so that a small corpus is in other company each epoch
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Source:
         batches: list[np.ndarray] = []
         for start in range(0, len(order), WINDOW):
             window = order[start : start + WINDOW]
-            window = window[np.lexsort((window, self._num_edges[window], self._num_nodes[window]))]
-            batches += self._cut_window(window)
+            size = self._num_nodes[window] * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER, len(window))
+            batches += self._cut_window(window[np.argsort(size)])
         self._epoch, self._batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
 
     def _cut_window(self, window: np.ndarray) -> list[np.ndarray]:
@@ -141,7 +142,7 @@ class Mixture:
         """Equal for two mixtures that yield the same structures in the same order, wherever the corpora lie."""
         facts = asdict(self.config) | {
             "sources": [[s.corpus.fingerprint, float(w)] for s, w in zip(self.sources, self._weights, strict=True)],
-            "order": [ORDER_VERSION, WINDOW],
+            "order": [ORDER_VERSION, WINDOW, SIZE_JITTER],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
