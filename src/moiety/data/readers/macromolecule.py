@@ -77,5 +77,5 @@ def _refuse_truncated(text: str) -> None:
         raise Rejected("truncated", f"the last record is cut: {last[:60]!r}")
     if not text.endswith("\n") and last.startswith(ATOM_RECORDS) and len(last) < len(atoms[0].rstrip()):
         raise Rejected("truncated", f"the last record is cut: {last[:60]!r}")
-    if lines[0].startswith("HEADER") and not any(line.startswith("END") for line in lines[-3:]):
-        raise Rejected("truncated", "the entry has a HEADER and no END")
+    if lines[0].startswith("HEADER") and last.startswith((*ATOM_RECORDS, "ANISOU")):
+        raise Rejected("truncated", "the entry has a HEADER, and ends with an atom instead of TER or END")
