@@ -1,0 +1,141 @@
+"""What an objective hides can be recovered, scores what it should, and leaks nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from moiety.data.shards import Corpus
+from moiety.data.structure import Structure
+from moiety.errors import InputError
+from moiety.models.vocabulary_moiety import MASK, RESIDUE_MASK
+from moiety.objectives import Objective, build_objectives
+from moiety.objectives.regression import Regression
+from moiety.tokens.batch import Batch, collate
+
+CORPORA = Path(__file__).parent / "data/corpora"
+
+
+def batch_of(*names: str, count: int = 12) -> Batch:
+    return collate([s for name in names for s in Corpus.open(CORPORA / name, split="train").read(range(count))])
+
+
+def objective(name: str, **options: float) -> Objective:
+    return build_objectives({name: options})[0]
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mean_loss(objective: Objective, output: SimpleNamespace, batch: Batch) -> float:
+    return float(objective.loss_sum(output, batch).sum() / objective.scored(batch).sum())
+
+
+def test_noise_is_recovered_by_a_model_that_knows_it() -> None:
+    clean = batch_of("qm9", "proteins")
+    task = objective("coordinates")
+    noisy = task.corrupt(clean, rng())
+    sigma = (noisy.positions - clean.positions).norm() / noisy.targets["noise"].norm()
+    assert 0.01 < sigma < 0.3
+    assert mean_loss(task, SimpleNamespace(noise=noisy.targets["noise"]), noisy) == 0
+
+
+def test_predicting_no_noise_scores_one_whatever_the_size() -> None:
+    task = objective("coordinates")
+    for num_nodes in (2, 3, 20):
+        structures = [Structure(np.full(num_nodes, 6), np.random.default_rng(i).normal(size=(num_nodes, 3))) for i in range(4000)]
+        noisy = task.corrupt(collate(structures), rng())
+        assert mean_loss(task, SimpleNamespace(noise=torch.zeros_like(noisy.positions)), noisy) == pytest.approx(1, abs=0.04)
+
+
+def test_the_centre_of_mass_does_not_move() -> None:
+    clean = batch_of("qm9")
+    moved = objective("coordinates").corrupt(clean, rng()).positions - clean.positions
+    centre = torch.zeros(clean.num_structures, 3).index_add(0, clean.graph_index, moved)
+    assert centre.abs().max() < 1e-4
+
+
+def test_the_noise_level_is_hidden_in_the_share_asked_for() -> None:
+    clean = collate([Structure(np.array([6, 8]), np.eye(2, 3)) for _ in range(5000)])
+    hidden = objective("coordinates", hide_sigma=0.2).corrupt(clean, rng()).noise_level.isnan()  # type: ignore[union-attr]
+    assert float(hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_lone_atom_is_not_scored() -> None:
+    task = objective("coordinates")
+    noisy = task.corrupt(collate([Structure(np.array([29]), np.zeros((1, 3))), Structure(np.array([1, 1]), np.eye(2, 3))]), rng())
+    assert task.scored(noisy).tolist() == [0, 1]
+
+
+def test_hydrogens_of_a_hidden_atom_are_taken_away() -> None:
+    clean = batch_of("qm9", count=40)
+    spoiled = objective("types", share=0.5).corrupt(clean, rng())
+    hidden = spoiled.targets["types"] >= 0
+    assert hidden.any() and (spoiled.node_type[hidden] == MASK).all() and (spoiled.targets["types"][hidden] > 1).all()
+    apart = spoiled.positions + 1e3 * spoiled.graph_index[:, None]
+    hydrogen = apart[spoiled.node_type == 1]
+    assert torch.cdist(hydrogen, apart[hidden]).min() > 1.35
+    assert len(spoiled.node_type) < len(clean.node_type)
+    assert len(spoiled.targets["types"]) == len(spoiled.node_type)
+
+
+def test_a_hidden_residue_keeps_its_size_and_its_place() -> None:
+    clean = batch_of("proteins", count=4)
+    spoiled = objective("types", share=0.3).corrupt(clean, rng())
+    hidden = spoiled.targets["types"] >= 0
+    assert (spoiled.node_type[hidden] == RESIDUE_MASK).all()
+    assert torch.equal(spoiled.positions, clean.positions) and torch.equal(spoiled.node_vectors, clean.node_vectors)
+
+
+def test_a_structure_is_never_hidden_whole() -> None:
+    alone = collate([Structure(np.array([29]), np.zeros((1, 3))) for _ in range(50)])
+    assert (objective("types", share=0.9).corrupt(alone, rng()).targets["types"] == -1).all()
+
+
+def test_a_strain_turns_the_clean_cell_into_the_strained_one() -> None:
+    clean = batch_of("crystals", "qm9")
+    task = objective("cell")
+    strained = task.corrupt(clean, rng())
+    periodic = clean.pbc.all(-1)
+    assert task.scored(strained).tolist() == periodic.float().tolist()
+    assert torch.equal(strained.positions[~periodic[clean.graph_index]], clean.positions[~periodic[clean.graph_index]])
+    strain = torch.linalg.solve(clean.cell[periodic], strained.cell[periodic]) - torch.eye(3)
+    target = strained.targets["strain"][periodic]
+    sigma = (strain * target).sum((1, 2)) / target.square().sum((1, 2))
+    assert ((sigma > 0.0099) & (sigma < 0.0301)).all()
+    assert torch.allclose(strain, sigma[:, None, None] * target, atol=1e-5)
+    assert mean_loss(task, SimpleNamespace(strain=strained.targets["strain"]), strained) == 0
+
+
+def test_fractional_coordinates_survive_a_strain() -> None:
+    clean = batch_of("crystals")
+    strained = objective("cell").corrupt(clean, rng())
+    fractional = [
+        torch.linalg.solve(b.cell[b.graph_index].transpose(1, 2), b.positions[..., None]) for b in (clean, strained)
+    ]
+    assert torch.allclose(*fractional, atol=1e-4)
+
+
+def test_the_trivial_loss_of_types_is_their_entropy() -> None:
+    types = torch.tensor([1, 1, 1, 6, 6, 8, 8])
+    assert objective("types").trivial_loss(types) == pytest.approx(np.log(2))
+
+
+def test_missing_labels_are_not_scored() -> None:
+    structures = [Structure(np.array([6]), np.zeros((1, 3)), scalars=labels) for labels in ({"gap": 3.0}, {"u0": 1.0})]
+    task, batch = Regression("gap", "gap", std=2.0), collate(structures)
+    assert task.scored(batch).tolist() == [1, 0]
+    loss = task.loss_sum(SimpleNamespace(predictions={"gap": torch.tensor([3.0, 7.0])}), batch)
+    assert loss.tolist() == [0, 0]
+
+
+def test_an_unknown_objective_or_option_is_named() -> None:
+    with pytest.raises(InputError, match="colour"):
+        build_objectives({"colour": {}})
+    with pytest.raises(InputError, match="sigma_mux"):
+        build_objectives({"coordinates": {"sigma_mux": 1.0}})
