@@ -23,6 +23,9 @@ from moiety.errors import InputError
 GROUPS = {"data": "moiety.data.cli"}  # subcommand -> module whose `app` holds it, imported on use
 
 
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # unless the user sets them
+
+
 class Commands(typer.core.TyperGroup):
     """The top-level commands, plus the groups that other modules own."""
 
@@ -163,6 +166,8 @@ def report(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the only place that turns exceptions into messages and exit codes."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         app(args=argv, prog_name="moiety")
     except InputError as error:

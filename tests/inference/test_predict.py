@@ -14,6 +14,7 @@ from ase.build import bulk, molecule
 from ase.io import write
 
 from moiety import InputError, cli
+from moiety.adapters.lora import LoraSettings, add_lora, load_base, save_adapter
 from moiety.inference.loading import batches, expand
 from moiety.inference.predict import load_predictor, predict_files
 from moiety.models.configuration_moiety import MoietyConfig
@@ -137,6 +138,21 @@ def test_lines_go_to_a_file_and_a_summary_to_stdout(folder, predictor_dir, tmp_p
 def test_a_model_without_a_task_head_says_what_to_do(pretrained_dir):
     with pytest.raises(InputError, match=r"no task head .*finetune/lora\.py"):
         load_predictor(pretrained_dir)
+
+
+def test_an_adapter_brings_its_task_to_a_pretrained_model(pretrained_dir: Path, tmp_path: Path, folder: Path, capsys):
+    tasks = {"dipole": TASKS["dipole"]}
+    adapted = add_lora(load_base(pretrained_dir, tasks), LoraSettings())
+    save_adapter(adapted, tmp_path / "adapter", pretrained_dir, tasks)
+    arguments = ["predict", str(folder / "a_three.xyz"), "--model", str(pretrained_dir)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, "--adapter", str(tmp_path / "adapter")])
+    assert stop.value.code == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    inputs = MoietyFeatureExtractor()([molecule(name) for name in ("H2O", "CH3CH2OH", "C6H6")])
+    with torch.no_grad():
+        expected = adapted.eval()(**inputs).predictions["dipole"].tolist()
+    assert [line["predictions"]["dipole"]["value"] for line in lines] == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_wrong_model_directory_is_refused_by_name(tmp_path: Path, predictor_dir: Path):

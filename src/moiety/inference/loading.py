@@ -29,8 +29,8 @@ def read_model_config(model_dir: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not readable as JSON ({error}); export the model again") from error
     if config.get("model_type") != "moiety":
         raise InputError(f"{path}: model_type is {config.get('model_type')!r}, expected 'moiety'; give another --model")
-    if not any(Path(model_dir).glob("*.safetensors")):
-        raise InputError(f"{model_dir}: no .safetensors file beside config.json; export the model again")
+    if not any(Path(model_dir).glob("model*.safetensors")):
+        raise InputError(f"{model_dir}: no model.safetensors beside config.json; export the model again")
     return config
 
 

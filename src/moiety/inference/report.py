@@ -161,8 +161,9 @@ def _structures(files: RunFiles) -> Iterator[Section]:
         legend = f"<br>Tube: CA trace; beads:{beads}." if example["domain"] == "protein" else ""
         legend += "<br>Thin lines: the unit cell." if example["cell"] is not None else ""
         caption = (
-            f"{escape(example['id'])}: {len(example['node_type'])} nodes, noise σ = {example['sigma']:.2g} Å, arrows {factor:.0f} times as long "
-            f"as the displacements. Error {example['error']:.2f} σ² (predicting nothing: 1).{legend}"
+            f"{escape(example['id'])}: {len(example['node_type'])} nodes. Noise σ = {example['sigma']:.2g} Å, arrows "
+            f"{factor:.0f} times as long as the displacements. Error {example['error']:.2f} σ² (predicting nothing: "
+            f"1).{legend}"
         )
         parts.append(_figure(figure, example["domain"].capitalize(), caption, html_caption=True))
     yield Section("structures", "Denoising, seen", "".join(parts) + "</div>")
