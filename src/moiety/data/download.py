@@ -54,6 +54,8 @@ class Source:
         ):
             if value not in allowed:
                 raise InputError(f"source {self.package}: {name} is {value!r}; use one of {', '.join(allowed)}")
+        if not isinstance(self.version, str):
+            raise InputError(f"source {self.package}: version {self.version} is a number to YAML; put it in quotes")
         if self.registry == "pypi" and not self.file:
             raise InputError(f"source {self.package}: a pypi source names its file (the wheel or the sdist)")
 
