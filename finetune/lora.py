@@ -1,6 +1,7 @@
 """Fine-tune to a property: deepspeed finetune/lora.py --config finetune/configs/qm9_dipole.yaml --out runs/dipole
 
-`method=lora` (default) trains an adapter, `full` all weights, `head` the head alone, `scratch` the same network untrained.
+`method=lora` (default) trains an adapter, `full` all weights, `head` the head alone, `scratch` a network that was never
+pretrained.
 """
 
 from __future__ import annotations

@@ -127,14 +127,18 @@ def test_outputs_turn_with_the_structure(models: list[nn.Module], kind: str, ref
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_ignore_where_the_structure_stands(models: list[nn.Module], kind: str) -> None:
     s = structure(kind)
-    assert_equal(outputs(models, [changed(s, positions=s.positions + [3.0, -40.0, 11.0])]), outputs(models, [s]))
+    assert_equal(
+        outputs(models, [changed(s, positions=s.positions + np.array([3.0, -40.0, 11.0]))]), outputs(models, [s])
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_follow_the_order_of_the_nodes(models: list[nn.Module], kind: str) -> None:
     s = structure(kind)
     order = np.random.default_rng(3).permutation(s.num_nodes)
-    per_node = {n: v[order] for n in ("node_type", "positions", "node_vectors", "role") if (v := vars(s)[n]) is not None}
+    per_node = {
+        n: v[order] for n in ("node_type", "positions", "node_vectors", "role") if (v := vars(s)[n]) is not None
+    }
     expected = outputs(models, [s])
     for name in ("noise", "type_logits", "features", "node", "vector"):
         expected[name] = expected[name][torch.tensor(order)]

@@ -1,4 +1,4 @@
-"""Fine-tuning to one property of a corpus: data, model, training, and a test beside baselines that could embarrass it."""
+"""Fine-tuning to one property of a corpus: data, model, training, and a test beside embarrassing baselines."""
 
 from __future__ import annotations
 

@@ -101,7 +101,9 @@ def load_adapted(model_dir: str | Path, adapter_dir: str | Path) -> tuple[PeftMo
 
     facts_path = Path(adapter_dir) / FINGERPRINT_FILE
     if not facts_path.is_file():
-        raise InputError(f"{adapter_dir}: no adapter here ({FINGERPRINT_FILE} is missing); give finetune's --out/adapter")
+        raise InputError(
+            f"{adapter_dir}: no adapter here ({FINGERPRINT_FILE} is missing); give finetune's --out/adapter"
+        )
     facts = json.loads(facts_path.read_text())
     base = load_base(model_dir, facts["tasks"])
     found = base_fingerprint(model_dir)

@@ -124,9 +124,9 @@ class GlobalAttention(nn.Module):
     """Attention over all nodes of a structure through fused kernels.
 
     Logits are inner products of same-degree features, so they are invariant. In open systems each head also subtracts
-    |x_i - x_j|^2 / (2 ell^2) with ell at most 12 Å, written as extra columns of q and k: far-apart fragments do not see each
-    other and energies stay additive. Periodic systems attend by content alone, which does not depend on the choice of the cell:
-    every copy of an atom counts the same above and below the fraction.
+    |x_i - x_j|^2 / (2 ell^2) with ell at most 12 Å, written as extra columns of q and k: far-apart fragments do not see
+    each other and energies stay additive. Periodic systems attend by content alone, which does not depend on the choice
+    of the cell: every copy of an atom counts the same above and below the fraction.
     """
 
     def __init__(self, config: MoietyConfig):
@@ -205,9 +205,7 @@ class TensorFeedForward(nn.Module):
         self.mix = nn.Linear(inner * (config.lmax + 1), 2 * channels)
         self.gate = nn.Linear(channels, 2 * inner * config.lmax)
         products = [channels, *[2 * inner] * config.lmax]
-        self.out = nn.ModuleList(
-            nn.Linear(width, channels, bias=degree == 0) for degree, width in enumerate(products)
-        )
+        self.out = nn.ModuleList(nn.Linear(width, channels, bias=degree == 0) for degree, width in enumerate(products))
         for linear in self.out:
             linear.init_gain = 0.5
 

@@ -1,4 +1,4 @@
-"""Structures in, model inputs out: packing without padding, and neighbour lists with periodic images (vesin does the searching)."""
+"""Structures in, model inputs out: packing without padding, and neighbour lists with periodic images (by vesin)."""
 # Shapes: B structures, N nodes over all of them, E directed edges.
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from vesin import NeighborList
 
 from .conversion_moiety import to_fields
 from .vocabulary_moiety import DOMAIN_ID, node_scale
+
+LARGEST_EXTENT = 1000.0  # Å
+
 
 def pack(structures: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Concatenates structures (the dictionaries of `to_fields`) into the arrays of one batch, without edges.
@@ -70,6 +73,7 @@ def neighbor_list(
     Returns:
         edge_index [2,E] (row 0 source j, row 1 destination i, sorted by i) and edge_shift [E,3] Å.
     """
+    _refuse_vast(positions, graph_index, len(cell))
     scale = node_scale(node_type)
     reach = cutoff * float(scale.max(initial=1.0))
     search = NeighborList(cutoff=reach, full_list=True, sorted=True, n_threads=1)
@@ -86,6 +90,20 @@ def neighbor_list(
         near = distance < cutoff * 0.5 * (scale[i] + scale[j])
         i, j, shift = i[near], j[near], shift[near]
     return np.stack([j, i]), shift
+
+
+def _refuse_vast(positions: np.ndarray, graph_index: np.ndarray, num_graphs: int) -> None:
+    """The search sets up a grid over the whole extent and ends the process where that grid is absurd."""
+    low, high = np.full((num_graphs, 3), np.inf), np.full((num_graphs, 3), -np.inf)
+    np.minimum.at(low, graph_index, positions)
+    np.maximum.at(high, graph_index, positions)
+    extent = (high - low).max(axis=1)
+    if not np.isfinite(positions).all() or (extent > LARGEST_EXTENT).any():
+        worst = int(np.argmax(np.nan_to_num(extent, nan=np.inf)))
+        raise ValueError(
+            f"structure {worst} of the batch spans {extent[worst]:.0f} Å or has coordinates that are not finite; "
+            f"at most {LARGEST_EXTENT:.0f} Å are searched for neighbours: are the units Å, is the molecule whole?"
+        )
 
 
 def _full_cell(cell: np.ndarray, pbc: np.ndarray) -> np.ndarray:

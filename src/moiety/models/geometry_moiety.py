@@ -80,7 +80,10 @@ class Pairs:
         start_B = count_B.cumsum(0) - count_B
         slot = torch.arange(largest, device=source.device)
         node_Bn = torch.where(slot < count_B[:, None], start_B[:, None] + slot, start_B[:, None])
-        place_N = torch.arange(num_nodes, device=source.device) + (largest * torch.arange(len(count_B)).to(source) - start_B)[graph_index]
+        place_N = (
+            torch.arange(num_nodes, device=source.device)
+            + (largest * torch.arange(len(count_B)).to(source) - start_B)[graph_index]
+        )
         column = (place_N % largest)[source]
         return cls(node=node_Bn, place=place_N, pair=(place_N * largest).repeat_interleave(most) + column)
 
@@ -144,14 +147,17 @@ class Neighbors:
         """sum_j alpha_ij^h value_j [N, M, D], head h acting on the h-th part of the channels.
 
         Periodic images of one neighbour carry the same value, so where structures are small their weights are added
-        up to a matrix over pairs of nodes and no value is copied (1.4 times faster on small molecules); large structures gather.
+        up to a matrix over pairs of nodes and no value is copied (1.4 times faster on small molecules); large
+        structures gather.
         """
         heads, width = alpha_NKH.shape[-1], value_NMD.shape[1]
         if self.pairs is None:
             value_j = self.gather(value_NMD.flatten(1)).unflatten(-1, (width, heads, -1))
             return torch.einsum("nkh,nkmhd->nmhd", alpha_NKH, value_j).flatten(2)
         num_graphs, largest = self.pairs.node.shape
-        alpha = alpha_NKH.new_zeros(num_graphs * largest**2, heads).index_add(0, self.pairs.pair, alpha_NKH.flatten(0, 1))
+        alpha = alpha_NKH.new_zeros(num_graphs * largest**2, heads).index_add(
+            0, self.pairs.pair, alpha_NKH.flatten(0, 1)
+        )
         alpha = alpha.view(num_graphs, largest, largest, heads).permute(0, 3, 1, 2)
         value = value_NMD.index_select(0, self.pairs.node.flatten()).view(num_graphs, largest, width, heads, -1)
         moved = (alpha @ value.permute(0, 3, 1, 2, 4).flatten(3)).unflatten(-1, (width, -1))  # [B, H, n, M, d]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .blocks_moiety import Block, DegreeLinear, GlobalAttention, LocalAttention, MergedNorm, Steerable, StructurePlaces
+from .blocks_moiety import Block, GlobalAttention, LocalAttention, MergedNorm, Steerable, StructurePlaces
 from .blocks_moiety import join as join_degrees
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
@@ -101,7 +101,9 @@ class InputEmbedding(nn.Module):
         log_level = torch.where(told, level, NOISE_UNIT).clamp(min=1e-4).div(NOISE_UNIT).log()
         level_features = torch.stack([told.to(dtype), log_level, log_level.square()], dim=-1).to(dtype)
         condition_BC = self.condition(
-            self.domain(inputs["domain"]) + self.charge_spin(charge_spin.to(dtype) / 2) + self.noise_level(level_features)
+            self.domain(inputs["domain"])
+            + self.charge_spin(charge_spin.to(dtype) / 2)
+            + self.noise_level(level_features)
         )
         scalars = self.node_type(inputs["node_type"]) + self.role(inputs["role"])
         scalars = scalars + self.to_node(condition_BC)[inputs["graph_index"]]
@@ -241,14 +243,12 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         channels = config.hidden_size
         self.moiety = MoietyModel(config)
         self.noise_head = VectorHead(config)
-        self.type_head = nn.Sequential(
-            nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, config.vocab_size)
-        )
+        self.type_head = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, config.vocab_size))
         self.strain_head = StrainHead(config)
         self.post_init()
 
     def forward(self, noise_target: Tensor | None = None, **inputs: Any) -> MoietyPreTrainingOutput:
-        """Takes the inputs of `MoietyModel`; `noise_target` [N,3] (unit variance) asks for the mean squared error as loss."""
+        """Takes the inputs of `MoietyModel`; with `noise_target` [N,3] (unit variance) the loss is its squared error."""
         trunk = self.moiety(**inputs)
         features, graph_index = trunk.node_features, trunk.graph_index
         noise = self.noise_head(features)

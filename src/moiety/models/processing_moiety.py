@@ -17,7 +17,7 @@ class MoietyProcessor(ProcessorMixin):
     moiety.Structure or a path.
     """
 
-    attributes = ["feature_extractor"]  # noqa: RUF012 - the base class reads it so
+    attributes = ["feature_extractor"]
 
     def __init__(self, feature_extractor: MoietyFeatureExtractor):
         super().__init__(feature_extractor)

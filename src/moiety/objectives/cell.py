@@ -49,9 +49,6 @@ class CellDenoising(Objective):
         )
 
     def scored(self, batch: Batch) -> Tensor:
-        return batch.pbc.all(-1).to(batch.positions.dtype)
-
-    def scored(self, batch: Batch) -> Tensor:
         return batch.pbc.all(-1).to(batch.positions)
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:

@@ -29,7 +29,7 @@ class CoordinateDenoising(Objective):
     """Adds centred Gaussian noise to every position; reads it back from the vector head.
 
     The noise level is one number a structure and the head is shared, so domains mix freely. Removing the mean leaves
-    N - 1 of N degrees of freedom; the error is scaled by N / (N - 1), so that predicting zero scores exactly 1 on average.
+    N - 1 of N degrees of freedom; the error is scaled by N / (N - 1), so that predicting zero scores 1 on average.
     """
 
     name = "coordinates"
@@ -48,10 +48,6 @@ class CoordinateDenoising(Objective):
             noise_level=torch.where(told_B, sigma_B, torch.nan),
             targets=batch.targets | {"noise": noise_N3},
         )
-
-    def scored(self, batch: Batch) -> Tensor:
-        # a lone atom has no noise left once its mean is removed
-        return (batch.num_nodes_B > 1).to(batch.positions.dtype)
 
     def scored(self, batch: Batch) -> Tensor:
         return (batch.num_nodes_B > 1).to(batch.positions)  # a lone atom has no noise left once its mean is removed

@@ -52,9 +52,6 @@ class MaskedTypes(Objective):
         return spoiled.select_nodes(~self._hydrogens_of(hidden, batch))
 
     def scored(self, batch: Batch) -> Tensor:
-        return sum_by_structure((batch.targets["types"] >= 0).to(batch.positions.dtype), batch)
-
-    def scored(self, batch: Batch) -> Tensor:
         return sum_by_structure((batch.targets["types"] >= 0).to(batch.positions), batch)
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
@@ -71,7 +68,7 @@ class MaskedTypes(Objective):
 
     @staticmethod
     def _hydrogens_of(hidden: Tensor, batch: Batch) -> Tensor:
-        """[N] bool: hydrogens whose nearest atom of the same structure is hidden (bonds across a cell wall are not seen)."""
+        """[N] bool: hydrogens whose nearest atom of the same structure is hidden; bonds across a cell wall are not seen."""
         hydrogen = (batch.node_type == 1).nonzero().squeeze(1)
         heavy = ((batch.node_type > 1) & (batch.node_type < FIRST_RESIDUE)).nonzero().squeeze(1)
         dropped = torch.zeros_like(hidden)
