@@ -248,7 +248,7 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         self.post_init()
 
     def forward(self, noise_target: Tensor | None = None, **inputs: Any) -> MoietyPreTrainingOutput:
-        """Takes the inputs of `MoietyModel`; with `noise_target` [N,3] (unit variance) the loss is its squared error."""
+        """Takes the inputs of `MoietyModel`; with `noise_target` [N,3] (unit variance) it has a loss."""
         trunk = self.moiety(**inputs)
         features, graph_index = trunk.node_features, trunk.graph_index
         noise = self.noise_head(features)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-ELEMENTS = (  # in the order of their atomic numbers
+_SYMBOLS = (
     "H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
     "Rb Sr Y Zr Nb Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu "
     "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
     "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
-).split(" ")  # noqa: SIM905 - 118 lines otherwise
-RESIDUES = ("ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL SEC PYL UNK").split(" ")  # noqa: SIM905
+)
+_AMINO_ACIDS = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL SEC PYL UNK"
+
+ELEMENTS = _SYMBOLS.split()
+RESIDUES = _AMINO_ACIDS.split()
 
 PAD = 0
 FIRST_RESIDUE = 1 + len(ELEMENTS)  # 119

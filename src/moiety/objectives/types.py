@@ -68,7 +68,7 @@ class MaskedTypes(Objective):
 
     @staticmethod
     def _hydrogens_of(hidden: Tensor, batch: Batch) -> Tensor:
-        """[N] bool: hydrogens whose nearest atom of the same structure is hidden; bonds across a cell wall are not seen."""
+        """[N] bool: hydrogens whose nearest atom of the same structure is hidden; none across a cell wall."""
         hydrogen = (batch.node_type == 1).nonzero().squeeze(1)
         heavy = ((batch.node_type > 1) & (batch.node_type < FIRST_RESIDUE)).nonzero().squeeze(1)
         dropped = torch.zeros_like(hidden)

@@ -13,7 +13,6 @@ from torch import Tensor
 from moiety.data.structure import Structure
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
 
-
 NODE_TARGETS = ("noise", "types")  # targets with one entry per node; all others have one per structure
 
 
