@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
@@ -117,7 +117,9 @@ def embed(
     files: Files,
     model: ModelDir,
     out: Annotated[Path, typer.Option(help="The .npz file to write.")],
-    level: Annotated[str, typer.Option(help="graph: one vector a structure; node: one a node.")] = "graph",
+    level: Annotated[
+        Literal["graph", "node"], typer.Option(help="graph: one vector a structure; node: features of every node.")
+    ] = "graph",
     batch_nodes: BatchNodes = 2048,
     all_atom: AllAtom = False,
     as_json: AsJson = False,
@@ -125,8 +127,6 @@ def embed(
     """Embed structures into an .npz file; exit 2 if any of them was broken (those are left out and named)."""
     from moiety.inference.embed import embed_files, load_encoder
 
-    if level not in ("graph", "node"):
-        raise InputError(f"--level {level}: choose graph or node")
     broken = embed_files(load_encoder(model), files, level, out, batch_nodes, all_atom)
     for verdict in broken:
         note(f"{verdict.file} [{verdict.index}] left out: {verdict.reason}; {verdict.remedy}")

@@ -27,7 +27,7 @@ def load_encoder(model_dir: Path) -> tuple[Any, Any]:
 def embed_files(
     encoder: tuple[Any, Any],
     paths: Iterable[Path],
-    level: Literal["graph", "node"] | str,
+    level: Literal["graph", "node"],
     out: Path,
     batch_nodes: int = 2048,
     all_atom: bool = False,
