@@ -63,6 +63,11 @@ def start_distributed() -> tuple[int, int]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(
+            max(1, len(os.sched_getaffinity(0)) // on_this_machine)
+        )  # else every rank takes all cores
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     _warn_of_stale_locks()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -130,10 +135,11 @@ def load_ds_config(
             raise InputError(f"{path}: {key!r} was removed from DeepSpeed and would be ignored; delete it")
         if key in OWNED_KEYS:
             raise InputError(f"{path}: {key!r} belongs to the recipe; set {OWNED_KEYS[key]} there and delete it here")
+    zero = settings.get("zero_optimization", {}).get("stage", 0) in (1, 2, 3)
     fillings = {
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is counted in nodes and edges, not in structures
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optimizer.grad_clip,
+        "gradient_clipping": optimizer.grad_clip if zero else 0.0,  # without ZeRO, apply_step clips
         "torch_autocast.enabled": training.precision == "bf16",
     }
     return _fill(settings, fillings, path, "")
@@ -157,11 +163,11 @@ def set_lr(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def apply_step(engine: Any) -> tuple[bool, float]:
+def apply_step(engine: Any, grad_clip: float) -> tuple[bool, float]:
     """Ends a micro-batch, and after the last one of a step updates the weights.
 
     Gradients that are not finite are never applied. They are summed over the ranks first, so every rank decides the
-    same: ZeRO 1-3 look at the norm themselves; without ZeRO this function does.
+    same: ZeRO 1-3 look at the norm (and clip it) themselves; without ZeRO this function does.
 
     Returns:
         whether the weights were updated, and the norm of the gradient (meaningful after the last micro-batch).
@@ -172,8 +178,11 @@ def apply_step(engine: Any) -> tuple[bool, float]:
     if engine.zero_optimization_stage() > 0:
         engine.step()
         return engine.was_step_applied(), float(engine.get_global_grad_norm())
-    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     finite = bool(torch.isfinite(norm))
+    if finite and grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     if not finite:
         engine.module.zero_grad(set_to_none=True)  # AdamW leaves parameters without a gradient alone
     engine.step()

@@ -69,7 +69,7 @@ def fit(
             with window.timed("backward"):
                 engine.backward(loss * run.world_size, scale_wrt_gas=False)  # DeepSpeed averages over the ranks
             with window.timed("step"):
-                applied, grad_norm = apply_step(engine)  # does something after the last micro-batch only
+                applied, grad_norm = apply_step(engine, optimizer.grad_clip)  # updates after the last one
         with window.timed("step"):
             distributed.all_reduce(sums.flat)
             if applied:
