@@ -14,7 +14,6 @@ __version__ = "0.1.0"
 __all__ = ["InputError", "Structure", "__version__"]
 
 
-
 def _read_path(path: str | Path) -> Structure:
     from moiety.data.readers import read_one  # gemmi, ASE and RDKit load when a file is read
 
