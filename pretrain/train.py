@@ -6,6 +6,7 @@ Also under `torchrun` and plain `python`. The same command again resumes.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = load_config(PretrainConfig, args.config, args.overrides)  # unknown key: error with the nearest one
-    objectives = build_objectives(config.objectives)
+    shape, objectives = config.model_config(), build_objectives(config.objectives)
     if args.plan:
         print_plan(config)
         return 0
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("runs", Path(args.config).stem)
     with Run.open(out, config, fresh=args.fresh) as run:  # resumes by itself
         torch.manual_seed(config.training.seed)  # the same weights on every rank
-        model = MoietyForPreTraining(config.model_config())
+        model = MoietyForPreTraining(shape)
         fit(run, model, mixture, objectives, config.optimizer, config.training)
         export(run, mixture)
     return 0
@@ -54,5 +55,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

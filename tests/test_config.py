@@ -29,7 +29,7 @@ def test_full_and_short_keys_override_the_same_value():
     assert load("training.steps=30").training.steps == 30
     assert load("steps=30", "ds=zero2").training.ds == "zero2"
     assert load("hidden_size=32").model["hidden_size"] == 32
-    assert load("objectives.types={weight: 0.5}").objectives["types"] == {"weight": 0.5}
+    assert load("objectives.types.weight=0.5").objectives["types"] == {"weight": 0.5}
 
 
 def test_lists_are_replaced_whole_or_by_index():
@@ -49,6 +49,7 @@ def test_numbers_may_be_written_as_people_write_them():
         ("training.step=3", "training.steps"),
         ("seed=1", "data.seed, training.seed"),
         ("steps", "key=value"),
+        ("steps=[", "not YAML"),
         ("steps=many", "training.steps is 'many'"),
         ("steps=1.5", "training.steps is 1.5"),
         ("steps=0", "at least 1"),
@@ -87,6 +88,8 @@ def test_model_numbers_that_do_not_exist_or_do_not_fit_are_refused(tmp_path: Pat
         load_config(PretrainConfig, path).model_config()
     with pytest.raises(InputError, match="lmax is 5"):
         load("lmax=5").model_config()
+    with pytest.raises(InputError, match=r"did you mean 'model.num_radial'"):
+        load("model.num_radials=5").model_config()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moiety.models.configuration_moiety import MoietyConfig
 
 Config = TypeVar("Config")
+MOST_LISTED = 12  # keys in an error message
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> InputError:
     """The error for a key that nobody reads, with the nearest one that somebody does."""
     known = sorted(known)
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]!r}? All keys: {', '.join(known)}" if nearest else ""
+    listing = f"; keys: {', '.join(known)}" if len(known) <= MOST_LISTED else ""
+    hint = f"; did you mean {nearest[0]!r}?{listing}" if nearest else ""
     return InputError(f"{where}: unknown key {key!r}{hint}")
 
 
@@ -194,20 +196,27 @@ def _override(cls: Any, tree: dict[str, Any], override: str) -> None:
     if not equals:
         raise InputError(f"override {override!r}: write key=value, for example steps=30")
     paths = _paths(cls, tree)
-    matches = [key] if key in paths else [path for path in paths if path.rpartition(".")[2] == key]
+    exact = key in paths or f"{key.rpartition('.')[0]}.*" in paths
+    matches = [key] if exact else [path for path in paths if path.rpartition(".")[2] == key]
     if len(matches) > 1:
         raise InputError(f"override {override!r}: {key} could be any of {', '.join(sorted(matches))}; write it in full")
     if not matches:
-        raise unknown_key(key, paths, f"override {override!r}")
+        raise unknown_key(key, (path for path in paths if not path.endswith(".*")), f"override {override!r}")
     *sections, leaf = matches[0].split(".")
     node: Any = tree
     for section in sections:
         node = node[int(section)] if isinstance(node, list) else node.setdefault(section, {})
-    node[int(leaf) if isinstance(node, list) else leaf] = yaml.safe_load(text)
+    try:
+        node[int(leaf) if isinstance(node, list) else leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML") from error
 
 
 def _paths(cls: Any, tree: Any, prefix: str = "") -> list[str]:
-    """Every key that an override can set: the dataclass's own, and what the YAML has in its free mappings and lists."""
+    """Every key that an override can set: the dataclass's own, and what the YAML has in its free mappings and lists.
+
+    `x.*` stands for any key of a free mapping x: whoever reads the mapping checks it.
+    """
     paths: list[str] = []
     hints = _field_types(cls) if dataclasses.is_dataclass(cls) else {}
     given: dict[Any, Any] = dict(enumerate(tree)) if isinstance(tree, list) else tree if isinstance(tree, dict) else {}
@@ -215,6 +224,8 @@ def _paths(cls: Any, tree: Any, prefix: str = "") -> list[str]:
         path = f"{prefix}{key}"
         paths.append(path)
         hint, value = hints.get(key), given.get(key)
+        if isinstance(value, dict) and not dataclasses.is_dataclass(hint) and not isinstance(tree, list):
+            paths.append(f"{path}.*")
         if dataclasses.is_dataclass(hint) or isinstance(value, dict | list):
             inner = typing.get_args(cls)[0] if isinstance(tree, list) and typing.get_args(cls) else hint
             paths += _paths(inner, value, path + ".")
