@@ -15,7 +15,8 @@ from ase.io import write
 
 from moiety import InputError, cli
 from moiety.adapters.lora import LoraSettings, add_lora, load_base, save_adapter
-from moiety.inference.loading import batches, expand
+from moiety.data.readers import structure_files
+from moiety.inference.loading import batches
 from moiety.inference.predict import load_predictor, predict_files
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
@@ -89,7 +90,7 @@ def test_data_check_and_predict_agree_on_every_structure(folder, predictor_dir):
     from moiety.data.validate import verdicts
 
     lines = list(predict_files(load_predictor(predictor_dir), [folder]))
-    checked = [verdict for path in expand([folder]) for verdict in verdicts(path)]
+    checked = [verdict for path in structure_files([folder]) for verdict in verdicts(path)]
     assert [line["ok"] for line in lines] == [verdict.ok for verdict in checked]
     assert [line["error"]["code"] for line in lines if not line["ok"]] == [v.code for v in checked if not v.ok]
 
@@ -170,9 +171,9 @@ def test_a_wrong_model_directory_is_refused_by_name(tmp_path: Path, predictor_di
 
 def test_a_missing_file_and_an_empty_folder_are_usage_errors(tmp_path: Path):
     with pytest.raises(InputError, match="no such file"):
-        expand([tmp_path / "nothing.xyz"])
+        structure_files([tmp_path / "nothing.xyz"])
     with pytest.raises(InputError, match="holds no files"):
-        expand([tmp_path])
+        structure_files([tmp_path])
 
 
 @pytest.mark.parametrize("level", ["graph", "node"])

@@ -139,6 +139,7 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objective = Regression(task.label, task.label, data.std)
     fit(run, model, data.mixture(config.data), [objective], config.optimizer, config.training)
+    assert run.average is not None  # fit made it
     weights = gather_weights(run.engine, run.average)
     if weights is None:
         return None
@@ -148,14 +149,14 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
         save_adapter(trained, run.path / "adapter", config.model, tasks)  # type: ignore[arg-type]
     else:
         trained.save_pretrained(run.path / "export")  # type: ignore[operator]
-    return write_results(run.path, config, data, predict(trained, data.test, task.label), trainable, total)
+    predicted = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task.label)
+    return write_results(run.path, config, data, predicted, trainable, total)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, subset: Subset, task: str, batch_nodes: int = 4096) -> np.ndarray:
+def predict(model: nn.Module, cutoff: float, subset: Subset, task: str, batch_nodes: int = 4096) -> np.ndarray:
     """Predictions [n] for the structures of a subset, in its order."""
     model.eval()
-    cutoff = model.config.cutoff
     order = np.argsort(subset.num_nodes, kind="stable")  # like sizes together: less padding
     cuts = np.flatnonzero(np.diff(np.cumsum(subset.num_nodes[order]) // batch_nodes)) + 1
     out = np.empty(len(subset))

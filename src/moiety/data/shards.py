@@ -98,6 +98,7 @@ class _ShardWriter:
         self.seen: set[str] = set()
         self.buffers: dict[str, list[Structure]] = {}
         self.edges: dict[str, list[int]] = {}
+        self.waiting: Counter[str] = Counter()  # nodes in each buffer
 
     def write(self, items: Iterable[Structure | Verdict], folder: Path) -> None:
         for chunk in _chunks(self._accepted(items), CHUNK):
@@ -105,8 +106,9 @@ class _ShardWriter:
                 split = structure.groups.get("split", "data")
                 self.buffers.setdefault(split, []).append(structure)
                 self.edges.setdefault(split, []).append(int(num_edges))
-            for split, buffer in self.buffers.items():
-                if sum(structure.num_nodes for structure in buffer) >= NODES_PER_SHARD:
+                self.waiting[split] += structure.num_nodes
+            for split, num_nodes in self.waiting.items():
+                if num_nodes >= NODES_PER_SHARD:
                     self._flush(split, folder)
         for split in self.buffers:
             self._flush(split, folder)
@@ -132,13 +134,14 @@ class _ShardWriter:
     def _flush(self, split: str, folder: Path) -> None:
         structures, self.buffers[split] = self.buffers[split], []
         num_edges, self.edges[split] = self.edges[split], []
+        num_nodes, self.waiting[split] = self.waiting[split], 0
         if not structures:
             return
         index = sum(shard["split"] == split for shard in self.shards)
         path = folder / f"{split}-{index:05d}.parquet"
         table = table_from(structures, np.array(num_edges, dtype=np.int32))
         pq.write_table(table, path, compression="zstd")
-        self.totals.update(structures=len(structures), nodes=sum(s.num_nodes for s in structures), edges=sum(num_edges))
+        self.totals.update(structures=len(structures), nodes=num_nodes, edges=sum(num_edges))
         self.shards.append(
             {
                 "file": path.name,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from moiety.data.readers import structure_files
 from moiety.data.validate import Verdict, verdicts
 from moiety.errors import InputError
 
@@ -34,30 +35,6 @@ def read_model_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def expand(paths: Iterable[Path]) -> list[Path]:
-    """Files as given; folders as their files in alphabetical order, subfolders included, hidden ones not.
-
-    Raises:
-        InputError: a path does not exist, or a folder holds no file.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-            if not inside:
-                raise InputError(f"{path}: the folder holds no files; give structure files (.xyz, .cif, .pdb, .sdf)")
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise InputError(f"{path}: no such file or folder; check the path")
-    return files
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def batches(paths: Iterable[Path], batch_nodes: int, all_atom: bool = False) -> Iterator[list[Verdict]]:
     """Verdicts in the order of the files, cut so that the valid structures of a list fill at most one batch.
 
@@ -65,7 +42,7 @@ def batches(paths: Iterable[Path], batch_nodes: int, all_atom: bool = False) -> 
     """
     pending: list[Verdict] = []
     num_nodes = 0
-    for path in expand(paths):
+    for path in structure_files(paths):
         for verdict in verdicts(path, all_atom=all_atom):
             size = verdict.structure.num_nodes if verdict.structure is not None else 0
             if num_nodes and num_nodes + size > batch_nodes:

@@ -23,16 +23,23 @@ TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours
 LONGEST_REACH = 12.0  # Å: global attention between two atoms falls at least as exp(-r^2 / (2 * 12^2))
 
 
+class ScaledLinear(nn.Linear):
+    """`nn.Linear` whose initial weights are `gain` times the usual size."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0):
+        super().__init__(in_features, out_features, bias)
+        self.gain = gain
+
+
 class DegreeLinear(nn.Module):
     """One `nn.Linear` per degree: [N, 2l+1, C_in] -> [N, 2l+1, C_out[l]]."""
 
-    def __init__(self, in_channels: int, out_channels: list[int], init_gain: float = 1.0):
+    def __init__(self, in_channels: int, out_channels: list[int], gain: float = 1.0):
         super().__init__()
         self.degrees = nn.ModuleList(
-            nn.Linear(in_channels, channels, bias=degree == 0) for degree, channels in enumerate(out_channels)
+            ScaledLinear(in_channels, channels, bias=degree == 0, gain=gain)
+            for degree, channels in enumerate(out_channels)
         )
-        for linear in self.degrees:
-            linear.init_gain = init_gain
 
     def forward(self, x: Steerable) -> Steerable:
         return [linear(x_l) for linear, x_l in zip(self.degrees, x, strict=True)]
@@ -51,7 +58,7 @@ class MergedNorm(nn.Module):
 
     def forward(self, x: Steerable) -> Steerable:
         centred = [x[0] - x[0].mean(-1, keepdim=True), *x[1:]]
-        variance = sum(x_l.square().mean(dim=(1, 2), keepdim=True) for x_l in centred) / len(x)
+        variance = torch.stack([x_l.square().mean(dim=(1, 2)) for x_l in centred]).mean(0)[:, None, None]
         scale = torch.rsqrt(variance + 1e-6)
         y = [x_l * scale * self.weight[degree] for degree, x_l in enumerate(centred)]
         y[0] = y[0] + self.bias
@@ -89,7 +96,7 @@ class LocalAttention(nn.Module):
         self.radial_logit = nn.Linear(config.num_radial, self.num_heads, bias=False)
         self.angle_logit = nn.Linear(edge_channels, self.num_heads, bias=False)
         self.sink = nn.Parameter(torch.zeros(self.num_heads))
-        self.out = DegreeLinear(2 * edge_channels, [channels] * (config.lmax + 1), init_gain=0.5)
+        self.out = DegreeLinear(2 * edge_channels, [channels] * (config.lmax + 1), gain=0.5)
 
     def forward(self, x: Steerable, neighbors: Neighbors) -> Steerable:
         num_nodes, _, width = neighbors.harmonics.shape
@@ -135,7 +142,7 @@ class GlobalAttention(nn.Module):
         channels, width = config.hidden_size, config.edge_channels
         self.project = DegreeLinear(channels, [3 * width] * (config.lmax + 1))
         self.reach = nn.Parameter(torch.zeros(self.num_heads))
-        self.out = DegreeLinear(width, [channels] * (config.lmax + 1), init_gain=0.5)
+        self.out = DegreeLinear(width, [channels] * (config.lmax + 1), gain=0.5)
 
     def forward(self, x: Steerable, places: StructurePlaces) -> Steerable:
         heads = self.num_heads
@@ -205,9 +212,9 @@ class TensorFeedForward(nn.Module):
         self.mix = nn.Linear(inner * (config.lmax + 1), 2 * channels)
         self.gate = nn.Linear(channels, 2 * inner * config.lmax)
         products = [channels, *[2 * inner] * config.lmax]
-        self.out = nn.ModuleList(nn.Linear(width, channels, bias=degree == 0) for degree, width in enumerate(products))
-        for linear in self.out:
-            linear.init_gain = 0.5
+        self.out = nn.ModuleList(
+            ScaledLinear(width, channels, bias=degree == 0, gain=0.5) for degree, width in enumerate(products)
+        )
 
     def forward(self, x: Steerable) -> Steerable:
         scalars, *higher = self.project(x)
@@ -249,8 +256,7 @@ class Block(nn.Module):
             self.global_norm = MergedNorm(channels, lmax)
             self.global_attention = GlobalAttention(config)
         self.with_global = with_global
-        self.film = nn.Linear(channels, (lmax + 2) * channels)
-        self.film.init_gain = 0.0
+        self.film = ScaledLinear(channels, (lmax + 2) * channels, gain=0.0)
         self.feed_norm = MergedNorm(channels, lmax)
         self.feed_forward = TensorFeedForward(config)
 

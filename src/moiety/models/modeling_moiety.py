@@ -14,8 +14,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .blocks_moiety import Block, GlobalAttention, LocalAttention, MergedNorm, Steerable, StructurePlaces
-from .blocks_moiety import join as join_degrees
+from .blocks_moiety import (
+    Block,
+    GlobalAttention,
+    LocalAttention,
+    MergedNorm,
+    ScaledLinear,
+    Steerable,
+    StructurePlaces,
+    join,
+)
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
 from .vocabulary_moiety import DOMAINS, ROLES, node_scale
@@ -57,13 +65,13 @@ class MoietyPreTrainedModel(PreTrainedModel):
     config_class = MoietyConfig
     base_model_prefix = "moiety"
     main_input_name = "positions"
-    _no_split_modules = ("Block",)
-    _keys_to_ignore_on_load_unexpected = (r"^(noise_head|type_head|strain_head|heads)\.",)  # other tasks' heads
+    _no_split_modules = ["Block"]
+    _keys_to_ignore_on_load_unexpected = [r"^(noise_head|type_head|strain_head|heads)\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            gain = getattr(module, "init_gain", 1.0)
+            gain = module.gain if isinstance(module, ScaledLinear) else 1.0
             init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -189,7 +197,7 @@ class MoietyModel(MoietyPreTrainedModel):
             x = block(x, neighbors, places, condition, graph_index)
         x = self.norm(x)
         pooled = mean_per_graph(x[0].squeeze(1), graph_index, num_graphs)
-        return MoietyOutput(node_features=join_degrees(x), graph_features=pooled, graph_index=graph_index)
+        return MoietyOutput(node_features=join(x), graph_features=pooled, graph_index=graph_index)
 
 
 class VectorHead(nn.Module):
@@ -200,8 +208,7 @@ class VectorHead(nn.Module):
         channels, inner = config.hidden_size, config.hidden_size // 2
         self.gate = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), nn.Linear(inner, inner))
         self.vector = nn.Linear(channels, inner, bias=False)
-        self.weigh = nn.Linear(inner, 1, bias=False)
-        self.weigh.init_gain = 0.3
+        self.weigh = ScaledLinear(inner, 1, bias=False, gain=0.3)
 
     def forward(self, features_NMC: Tensor) -> Tensor:
         gate = self.gate(features_NMC[:, :1])
@@ -218,8 +225,7 @@ class StrainHead(nn.Module):
         self.trace = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1))
         self.gate = nn.Linear(channels, channels)
         self.tensor = nn.Linear(channels, channels if config.lmax == 2 else 2 * channels, bias=False)
-        self.weigh = nn.Linear(channels, 1, bias=False)
-        self.weigh.init_gain = 0.3
+        self.weigh = ScaledLinear(channels, 1, bias=False, gain=0.3)
 
     def forward(self, features_NMC: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
         scalars = features_NMC[:, 0]
@@ -286,8 +292,7 @@ class TaskHead(nn.Module):
         if kind in ("vector", "dipole_norm"):
             self.vector = VectorHead(config)
 
-    def forward(self, trunk: MoietyOutput, positions: Tensor) -> Tensor:
-        features, graph_index, num_graphs = trunk.node_features, trunk.graph_index, len(trunk.graph_features)
+    def forward(self, features: Tensor, positions: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
         if self.kind == "vector":
             return self.std * self.vector(features)
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
@@ -317,9 +322,8 @@ class MoietyForPrediction(MoietyPreTrainedModel):
     def forward(self, positions: Tensor, **inputs: Any) -> MoietyPredictionOutput:
         """Takes the inputs of `MoietyModel`; `predictions` maps each task to its values, in the task's unit."""
         trunk = self.moiety(positions=positions, **inputs)
-        return MoietyPredictionOutput(
-            predictions={name: head(trunk, positions) for name, head in self.heads.items()}, **trunk
-        )
+        read = (trunk.node_features, positions, trunk.graph_index, len(trunk.graph_features))
+        return MoietyPredictionOutput(predictions={name: head(*read) for name, head in self.heads.items()}, **trunk)
 
 
 MoietyModel.register_for_auto_class("AutoModel")

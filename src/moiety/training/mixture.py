@@ -23,6 +23,7 @@ import numpy as np
 
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
+from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.training.config import DataConfig
 
@@ -43,7 +44,7 @@ class MicroBatch:
 class Source:
     """A corpus and its order, epoch by epoch."""
 
-    def __init__(self, corpus: Corpus, name: str, config: DataConfig, number: int) -> None:
+    def __init__(self, corpus: Corpus | Subset, name: str, config: DataConfig, number: int) -> None:
         self.corpus = corpus
         self.name = name
         self._config = config
