@@ -108,17 +108,16 @@ class LocalAttention(nn.Module):
         channels = angle_NMD.shape[-1]
 
         q, k = (rms_normalize(t.view(num_nodes, heads, -1)) for t in (q, k))
-        k_j = neighbors.gather(k.flatten(1)).unflatten(-1, (heads, -1))
         g_j = neighbors.gather(g.squeeze(1))
 
         angle_NKD = torch.bmm(neighbors.harmonics, angle_NMD) / math.sqrt(width)
         logit_NKH = self.radial_logit(neighbors.radial) + self.angle_logit(angle_NKD)
-        logit_NKH = logit_NKH + (k_j * q.unsqueeze(1)).sum(-1) / math.sqrt(channels // heads)
+        logit_NKH = logit_NKH + neighbors.dot(q, k) / math.sqrt(channels // heads)
         alpha_NKH = self._weights(logit_NKH, neighbors.envelope)
         transported = neighbors.transport(alpha_NKH, torch.cat(moved, dim=1))
 
-        message_NKD = (self.filter(neighbors.radial) + angle_NKD) * g_j * neighbors.envelope.unsqueeze(-1)
-        built = torch.bmm(neighbors.harmonics.transpose(1, 2), message_NKD) / math.sqrt(TYPICAL_DEGREE)
+        message_NKD = (self.filter(neighbors.radial) + angle_NKD) * g_j
+        built = torch.bmm(neighbors.fading_harmonics, message_NKD) / math.sqrt(TYPICAL_DEGREE)
         return self.out(split(torch.cat([built, transported], dim=-1), self.lmax))
 
     def _weights(self, logit_NKH: Tensor, envelope_NK: Tensor) -> Tensor:

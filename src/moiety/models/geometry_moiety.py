@@ -99,6 +99,7 @@ class Neighbors:
     radial: Tensor  # [N, K, R]
     harmonics: Tensor  # [N, K, M]
     envelope: Tensor  # [N, K]
+    fading_harmonics: Tensor  # [N, M, K] harmonics times envelope
     pairs: Pairs | None
 
     @classmethod
@@ -131,17 +132,27 @@ class Neighbors:
         radial, harmonics, u = table.view(num_nodes, most, -1).split([num_radial, (lmax + 1) ** 2, 1], dim=-1)
         own = torch.arange(num_nodes, device=source.device).repeat_interleave(most)
         source = own.index_copy(0, place_E, source)
+        u, harmonics = u.squeeze(-1).contiguous(), harmonics.contiguous()
         return cls(
             source=source,
             radial=radial.contiguous(),
-            harmonics=harmonics.contiguous(),
-            envelope=u.squeeze(-1).contiguous(),
+            harmonics=harmonics,
+            envelope=u,
+            fading_harmonics=(harmonics * u.unsqueeze(-1)).transpose(1, 2).contiguous(),
             pairs=Pairs.build(graph_index, source, most),
         )
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """[N, K, D] features of the neighbours."""
         return x_ND.index_select(0, self.source).view(*self.envelope.shape, -1)
+
+    def dot(self, q_NHd: Tensor, k_NHd: Tensor) -> Tensor:
+        """Inner products q_i . k_j of every node with its neighbours [N, K, H]; by pairs where structures are small."""
+        if self.pairs is None:
+            return torch.einsum("nhd,nkhd->nkh", q_NHd, self.gather(k_NHd.flatten(1)).unflatten(-1, k_NHd.shape[1:]))
+        q, k = (t.index_select(0, self.pairs.node.flatten()).unflatten(0, self.pairs.node.shape) for t in (q_NHd, k_NHd))
+        product_BnnH = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).permute(0, 2, 3, 1)
+        return product_BnnH.flatten(0, 2).index_select(0, self.pairs.pair).view(*self.envelope.shape, -1)
 
     def transport(self, alpha_NKH: Tensor, value_NMD: Tensor) -> Tensor:
         """sum_j alpha_ij^h value_j [N, M, D], head h acting on the h-th part of the channels.
