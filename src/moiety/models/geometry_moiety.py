@@ -150,7 +150,8 @@ class Neighbors:
         """Inner products q_i . k_j of every node with its neighbours [N, K, H]; by pairs where structures are small."""
         if self.pairs is None:
             return torch.einsum("nhd,nkhd->nkh", q_NHd, self.gather(k_NHd.flatten(1)).unflatten(-1, k_NHd.shape[1:]))
-        q, k = (t.index_select(0, self.pairs.node.flatten()).unflatten(0, self.pairs.node.shape) for t in (q_NHd, k_NHd))
+        node_Bn = self.pairs.node
+        q, k = (t.index_select(0, node_Bn.flatten()).unflatten(0, node_Bn.shape) for t in (q_NHd, k_NHd))
         product_BnnH = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).permute(0, 2, 3, 1)
         return product_BnnH.flatten(0, 2).index_select(0, self.pairs.pair).view(*self.envelope.shape, -1)
 
