@@ -129,13 +129,14 @@ class MoietyFeatureExtractor(FeatureExtractionMixin):
         super().__init__(**kwargs)
         self.cutoff = cutoff
 
-    def __call__(self, structures: Any, dtype: torch.dtype = torch.float32) -> BatchFeature:
+    def __call__(self, structures: Any, dtype: torch.dtype = torch.float32, residues: bool = False) -> BatchFeature:
         """Packs one structure or a list of them.
 
         Args:
             structures: ase.Atoms, rdkit.Mol, pymatgen Structure/Molecule, biotite AtomArray, torch_geometric Data,
                 moiety.Structure or a path; or a list of these.
             dtype: of the floating-point inputs.
+            residues: make one node of each complete amino acid of a biotite AtomArray, instead of one per atom.
 
         Returns:
             The inputs of `forward`: node_type, positions, graph_index, edge_index, edge_shift, cell, pbc, charge, spin,
@@ -144,7 +145,7 @@ class MoietyFeatureExtractor(FeatureExtractionMixin):
         objects = structures if isinstance(structures, list | tuple) else [structures]
         if not objects:
             raise ValueError("no structures were given")
-        arrays = pack([to_fields(item) for item in objects])
+        arrays = pack([to_fields(item, residues) for item in objects])
         edge_index, edge_shift = neighbor_list(
             arrays["positions"], arrays["node_type"], arrays["graph_index"], arrays["cell"], arrays["pbc"], self.cutoff
         )
