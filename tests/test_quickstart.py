@@ -69,6 +69,13 @@ def test_the_adapter_predicts_a_file_of_the_user(run_dir: Path, capsys):
     assert line["predictions"]["dipole"]["unit"] == "D" and line["predictions"]["dipole"]["value"] >= 0
 
 
+def test_a_model_trained_whole_predicts_without_an_adapter(run_dir: Path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", str(ETHANOL), "--model", str(run_dir / "dipole_scratch/export")])
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["predictions"]["dipole"]["unit"] == "D"
+
+
 def test_the_report_shows_the_whole_path(run_dir: Path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["report", str(run_dir), "--json"])

@@ -21,6 +21,7 @@ from moiety.objectives.regression import Regression
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from moiety.training.engine import gather_weights
+from moiety.training.export import save_model
 from moiety.training.loop import fit
 from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run, write_json
@@ -148,7 +149,7 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
     if config.method == "lora":
         save_adapter(trained, run.path / "adapter", config.model, tasks)  # type: ignore[arg-type]
     else:
-        trained.save_pretrained(run.path / "export")  # type: ignore[operator]
+        save_model(trained, run.path / "export")  # type: ignore[arg-type]
     predicted = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task.label)
     return write_results(run.path, config, data, predicted, trainable, total)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
+from transformers import PreTrainedModel
 
 from moiety.data.structure import Structure
 from moiety.models.configuration_moiety import MoietyConfig
@@ -79,13 +80,18 @@ def write_export(weights: dict[str, Tensor], config: MoietyConfig, folder: Path)
     """A pretraining model's state dict as a directory that plain `from_pretrained` loads; checked by loading it."""
     model = MoietyForPreTraining(config)
     model.load_state_dict(weights)
-    model.config.auto_map = AUTO_MAP
-    model.save_pretrained(folder)
-    MoietyProcessor(MoietyFeatureExtractor(cutoff=config.cutoff)).save_pretrained(folder)
+    save_model(model, folder)
     outputs = probe_outputs(model.moiety, MoietyFeatureExtractor(cutoff=config.cutoff))
     write_json(folder / "probe.json", {"structures": PROBE, "outputs": "probe.safetensors", "threads": 1})
     save_file(outputs, folder / "probe.safetensors")
     check_export(folder)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Any Moiety model in Hub layout: weights, configuration, the files of its code, processor."""
+    model.config.auto_map = AUTO_MAP
+    model.save_pretrained(folder)
+    MoietyProcessor(MoietyFeatureExtractor(cutoff=model.config.cutoff)).save_pretrained(folder)
 
 
 def check_export(folder: Path) -> None:
