@@ -63,7 +63,7 @@ report-png: $(INSTALLED)
 	$(BIN)/moiety report $(RUN)
 	$(CHROMIUM) --headless --no-sandbox --disable-gpu --use-angle=swiftshader --enable-unsafe-swiftshader \
 		--disable-background-networking --no-first-run --user-data-dir=$$(mktemp -d) --hide-scrollbars \
-		--window-size=1240,2300 --virtual-time-budget=15000 --screenshot=docs/report.png \
+		--window-size=1240,2050 --virtual-time-budget=15000 --screenshot=docs/report.png \
 		file://$(abspath $(RUN))/report.html 2>/dev/null
 	@ls -l docs/report.png
 

@@ -54,7 +54,7 @@ def pretrained_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Good files of three kinds and the broken ones that the acceptance names."""
+    """Good files of three kinds and broken ones of every kind."""
     folder = tmp_path / "folder"
     (folder / "inner").mkdir(parents=True)
     write(folder / "a_three.xyz", [molecule("H2O"), molecule("CH3CH2OH"), molecule("C6H6")])
@@ -105,6 +105,13 @@ def test_predictions_carry_their_units_and_shapes(folder, predictor_dir):
     }
     assert isinstance(line["predictions"]["dipole"]["value"], float)
     assert len(line["predictions"]["charge"]["value"]) == 9
+
+
+def test_a_crystal_gets_no_dipole_moment_but_its_other_predictions(folder, predictor_dir):
+    (line,) = predict_files(load_predictor(predictor_dir), [folder / "inner/salt.cif"])
+    assert line["ok"] and line["predictions"]["dipole"]["value"] is None
+    assert "periodic" in line["predictions"]["dipole"]["note"]
+    assert isinstance(line["predictions"]["gap"]["value"], float)
 
 
 def test_how_structures_are_batched_does_not_change_what_is_predicted(folder, predictor_dir):

@@ -15,6 +15,7 @@ from moiety.errors import InputError
 from moiety.inference.loading import batches, read_model_config
 
 PER_NODE = ("node", "vector")  # kinds of task heads that answer for every node
+UNDEFINED = {"value": None, "unit": "", "note": "a periodic structure has no dipole moment of its own"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Predictor:
     tasks: dict[str, Any]  # name -> {"kind", "unit", ...}, as in MoietyConfig.tasks
 
     def __call__(self, structures: list[Structure]) -> list[dict[str, Any]]:
-        """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}."""
+        """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}.
+
+        A periodic structure has no dipole moment of its own: its value is None, and a note says so.
+        """
         with torch.no_grad():
             output = self.model(**self.processor(structures))
         sizes = [structure.num_nodes for structure in structures]
@@ -36,10 +40,12 @@ class Predictor:
         }
         return [
             {
-                name: {"value": parts[b].tolist(), "unit": self.tasks[name].get("unit", "")}
+                name: UNDEFINED
+                if structure.periodic and self.tasks[name]["kind"] == "dipole_norm"
+                else {"value": parts[b].tolist(), "unit": self.tasks[name].get("unit", "")}
                 for name, parts in values.items()
             }
-            for b in range(len(structures))
+            for b, structure in enumerate(structures)
         ]
 
 
