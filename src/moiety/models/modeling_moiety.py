@@ -288,7 +288,9 @@ class TaskHead(nn.Module):
         channels, inner = config.hidden_size, config.hidden_size // 2
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
         if kind != "vector":
-            self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), nn.Linear(inner, 1))
+            # charges are multiplied by Å: large random ones leave a norm in a poor minimum for some seeds
+            last = ScaledLinear(inner, 1, gain=0.1 if kind == "dipole_norm" else 1.0)
+            self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), last)
         if kind in ("vector", "dipole_norm"):
             self.vector = VectorHead(config)
 
