@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results/transfer_quick.json"
 TARGETS, SEEDS = ("dipole", "gap"), (0, 1, 2)
 METHODS = {"lora": 5e-3, "full": 1e-3, "head": 5e-3, "scratch": 2e-3}  # learning rates
+BASELINES = ("mean predictor", "linear in composition")
 
 
 def main() -> int:
@@ -70,9 +71,6 @@ def collect(jobs: list[tuple[str, str, int]], metrics: list[dict[str, Any]]) -> 
             if name not in BASELINES or len(values) < len(SEEDS):  # every method reports the same baselines
                 values.append(value)
     return {"date": date.today().isoformat(), "machine": platform.processor() or platform.machine(), "mae": table}
-
-
-BASELINES = ("mean predictor", "linear in composition")
 
 
 def print_results(results: dict[str, Any]) -> None:

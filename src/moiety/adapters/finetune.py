@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from moiety.adapters.lora import LoraSettings, add_lora, load_base, save_adapter, trainable_share
+from moiety.adapters.lora import LoraSettings, add_lora, load_base, require_export, save_adapter, trainable_share
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, TaskHead
+from moiety.models.vocabulary_moiety import VOCAB_SIZE
 from moiety.objectives.regression import Regression
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
@@ -120,7 +120,7 @@ def build_model(config: FinetuneConfig, tasks: dict[str, Any]) -> nn.Module:
     """The network to train: what is trainable is what the method trains."""
     torch.manual_seed(config.training.seed)
     if config.method == "scratch":
-        load_base(config.model, tasks)  # the same complaint about a missing model
+        require_export(config.model)
         return MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=tasks))
     model = load_base(config.model, tasks)
     if config.method == "lora":
@@ -205,7 +205,7 @@ def write_results(
         "baselines": baselines,
     }
     write_json(path / "predictions.json", predictions)
-    return json.loads(json.dumps(metrics))
+    return metrics
 
 
 def composition_baseline(data: LabelledData, label: str) -> np.ndarray:
@@ -216,7 +216,7 @@ def composition_baseline(data: LabelledData, label: str) -> np.ndarray:
 
 
 def _composition(subset: Subset) -> np.ndarray:
-    counts = np.zeros((len(subset), 145))
+    counts = np.zeros((len(subset), VOCAB_SIZE))
     for row, structure in enumerate(subset.read(np.arange(len(subset)))):
-        counts[row] = np.bincount(structure.node_type, minlength=145)
+        counts[row] = np.bincount(structure.node_type, minlength=VOCAB_SIZE)
     return np.concatenate([counts, np.ones((len(subset), 1))], axis=1)

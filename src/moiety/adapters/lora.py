@@ -77,17 +77,22 @@ def save_adapter(model: PeftModel, out: Path, model_dir: str | Path, tasks: dict
     (out / FINGERPRINT_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def require_export(model_dir: str | Path) -> None:
+    """InputError where there is no exported model."""
+    if not (Path(model_dir) / "config.json").is_file():
+        raise InputError(
+            f"{model_dir}: no model here (config.json is missing); pretrain one with pretrain/train.py, or give the "
+            "`export` directory of a run"
+        )
+
+
 def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPrediction:
     """The pretrained trunk with fresh heads for the tasks.
 
     Raises:
         InputError: no exported model there.
     """
-    if not (Path(model_dir) / "config.json").is_file():
-        raise InputError(
-            f"{model_dir}: no model here (config.json is missing); pretrain one with pretrain/train.py, or give the "
-            "`export` directory of a run"
-        )
+    require_export(model_dir)
     return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
 
 

@@ -17,6 +17,11 @@ class Objective(ABC):
     name: str
     weight: float
 
+    def __init__(self, config: Any) -> None:
+        """`config` is the objective's own dataclass; every one has a weight."""
+        self.config = config
+        self.weight = config.weight
+
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         """The batch as the model will see it, with what it should say in `targets`. Default: unchanged."""
         return batch

@@ -28,10 +28,7 @@ class CellDenoising(Objective):
     """Strains fully periodic structures; reads the strain back, in units of its sigma, from the strain head."""
 
     name = "cell"
-
-    def __init__(self, config: CellDenoisingConfig):
-        self.config = config
-        self.weight = config.weight
+    config: CellDenoisingConfig
 
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         config = self.config

@@ -33,10 +33,7 @@ class CoordinateDenoising(Objective):
     """
 
     name = "coordinates"
-
-    def __init__(self, config: CoordinateDenoisingConfig):
-        self.config = config
-        self.weight = config.weight
+    config: CoordinateDenoisingConfig
 
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         config = self.config

@@ -31,10 +31,7 @@ class MaskedTypes(Objective):
     """Hides some heavy atoms and residues; cross-entropy (nats) of the type head on them."""
 
     name = "types"
-
-    def __init__(self, config: MaskedTypesConfig):
-        self.config = config
-        self.weight = config.weight
+    config: MaskedTypesConfig
 
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         types = batch.node_type
