@@ -50,9 +50,9 @@ def test_show_tells_what_is_there_and_finds_damage(tmp_path, capsys):
     capsys.readouterr()
     assert run("data", "show", tmp_path / "mine") == 0
     assert "2 of 2; rejected: none" in capsys.readouterr().out
-    (tmp_path / "mine" / "data-00000.parquet").write_bytes(b"rubbish")
+    (tmp_path / "mine" / "data-00000-00000.parquet").write_bytes(b"rubbish")
     assert run("data", "show", tmp_path / "mine") == 2
-    assert "data-00000.parquet: checksum mismatch" in capsys.readouterr().err
+    assert "data-00000-00000.parquet: checksum mismatch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moiety.data.shards import Corpus, count_edges, verify, write_corpus
+from moiety.data.parts import count_edges
+from moiety.data.shards import Corpus, verify, write_corpus
 from moiety.data.structure import Structure
 from moiety.data.validate import Verdict, verdicts
 from moiety.errors import InputError
@@ -166,7 +167,7 @@ def test_what_goes_in_is_accepted_or_rejected_with_a_code(tmp_path):
 
 
 def test_many_shards_read_as_one_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr("moiety.data.shards.NODES_PER_SHARD", 2000)
+    monkeypatch.setattr("moiety.data.parts.NODES_PER_SHARD", 2000)
     written = molecules(1500)
     del written[-1].scalars["gap"]  # labels may differ between shards
     written[0].scalars["rare"] = 2.0
@@ -215,17 +216,17 @@ def test_a_flipped_byte_in_a_shard_is_refused_by_name(tmp_path, opened_before):
     write_corpus(molecules(50), tmp_path / "corpus")
     if opened_before:
         Corpus.open(tmp_path / "corpus")
-    shard = tmp_path / "corpus" / "train-00000.parquet"
+    shard = tmp_path / "corpus" / "train-00000-00000.parquet"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(InputError, match=r"train-00000\.parquet: checksum mismatch"):
+    with pytest.raises(InputError, match=r"train-00000-00000\.parquet: checksum mismatch"):
         Corpus.open(tmp_path / "corpus")
-    with pytest.raises(InputError, match=r"train-00000\.parquet: checksum mismatch"):
+    with pytest.raises(InputError, match=r"train-00000-00000\.parquet: checksum mismatch"):
         verify(tmp_path / "corpus")
     assert len(Corpus.open(tmp_path / "corpus", "val")) == 5  # the other shards are none the worse
     shard.unlink()
-    with pytest.raises(InputError, match=r"train-00000\.parquet is missing"):
+    with pytest.raises(InputError, match=r"train-00000-00000\.parquet is missing"):
         Corpus.open(tmp_path / "corpus")
 
 

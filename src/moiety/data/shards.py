@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -24,14 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moiety.data.columns import INTERNAL, Shard, table_from
+from moiety.data.columns import INTERNAL, Shard
+from moiety.data.parts import PartResult, merge, sha256, write_part
 from moiety.data.structure import Array, Structure
-from moiety.data.validate import Verdict, check
+from moiety.data.validate import Verdict
 from moiety.errors import InputError
 
-CUTOFF = 5.0  # Å, of the neighbour counts that are stored with every structure
-NODES_PER_SHARD = 500_000
-CHUNK = 256  # structures validated and counted at a time
 MANIFEST = "manifest.json"
 
 
@@ -67,110 +64,34 @@ def write_corpus(
         InputError: out_dir is in the way, or no structure passed validation.
     """
     out_dir = Path(out_dir)
-    refuse_foreign_directory(out_dir)
-    writer = _ShardWriter()
-    with _complete_or_absent(out_dir) as partial:
-        writer.write(structures, partial)
-        if not writer.shards:
-            raise InputError(f"{out_dir}: no structure passed validation (rejected: {dict(writer.rejected)})")
-        manifest = {
-            "name": name or out_dir.name,
-            "source": source,
-            "licence": licence,
-            "citation": citation,
-            "units": units or {},
+    with complete_or_absent(out_dir) as partial:
+        return write_manifest(
+            [write_part(structures, partial)],
+            partial,
+            name=name or out_dir.name,
+            source=source,
+            licence=licence,
+            citation=citation,
+            units=units or {},
             **manifest_fields,
-            **writer.summary(),
-            "versions": {package: version(package) for package in ("moiety", "numpy", "pyarrow", "vesin")},
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    return manifest
-
-
-class _ShardWriter:
-    """Collects structures by split, flushes full buffers to Parquet, and keeps the counts of the manifest."""
-
-    def __init__(self) -> None:
-        self.shards: list[dict[str, Any]] = []
-        self.rejected: Counter[str] = Counter()
-        self.domains: Counter[str] = Counter()
-        self.totals: Counter[str] = Counter()
-        self.seen: set[str] = set()
-        self.buffers: dict[str, list[Structure]] = {}
-        self.edges: dict[str, list[int]] = {}
-        self.waiting: Counter[str] = Counter()  # nodes in each buffer
-
-    def write(self, items: Iterable[Structure | Verdict], folder: Path) -> None:
-        for chunk in _chunks(self._accepted(items), CHUNK):
-            for structure, num_edges in zip(chunk, count_edges(chunk), strict=True):
-                split = structure.groups.get("split", "data")
-                self.buffers.setdefault(split, []).append(structure)
-                self.edges.setdefault(split, []).append(int(num_edges))
-                self.waiting[split] += structure.num_nodes
-            for split, num_nodes in self.waiting.items():
-                if num_nodes >= NODES_PER_SHARD:
-                    self._flush(split, folder)
-        for split in self.buffers:
-            self._flush(split, folder)
-
-    def _accepted(self, items: Iterable[Structure | Verdict]) -> Iterator[Structure]:
-        for item in items:
-            self.totals["in"] += 1
-            if isinstance(item, Verdict) and not item.ok:
-                self.rejected[item.code] += 1
-                continue
-            structure = item.structure if isinstance(item, Verdict) else item
-            assert structure is not None  # a verdict that is ok carries its structure
-            structure.id = structure.id or str(self.totals["in"] - 1)
-            problem = check(structure)
-            code = "duplicate-id" if structure.id in self.seen else problem and problem[0]
-            if code:
-                self.rejected[code] += 1
-                continue
-            self.seen.add(structure.id)
-            self.domains[structure.domain] += 1
-            yield structure
-
-    def _flush(self, split: str, folder: Path) -> None:
-        structures, self.buffers[split] = self.buffers[split], []
-        num_edges, self.edges[split] = self.edges[split], []
-        num_nodes, self.waiting[split] = self.waiting[split], 0
-        if not structures:
-            return
-        index = sum(shard["split"] == split for shard in self.shards)
-        path = folder / f"{split}-{index:05d}.parquet"
-        table = table_from(structures, np.array(num_edges, dtype=np.int32))
-        pq.write_table(table, path, compression="zstd")
-        self.totals.update(structures=len(structures), nodes=num_nodes, edges=sum(num_edges))
-        self.shards.append(
-            {
-                "file": path.name,
-                "split": split,
-                "structures": len(structures),
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
         )
 
-    def summary(self) -> dict[str, Any]:
-        splits: Counter[str] = Counter()
-        for shard in self.shards:
-            splits[shard["split"]] += shard["structures"]
-        counts = {
-            "in": self.totals["in"],
-            "ok": self.totals["structures"],
-            "rejected": dict(sorted(self.rejected.items())),
-        }
-        assert counts["in"] == counts["ok"] + self.rejected.total()
-        return {
-            "counts": counts,
-            "splits": dict(splits),
-            "domains": dict(self.domains.most_common()),
-            "num_nodes": self.totals["nodes"],
-            "num_edges": self.totals["edges"],
-            "cutoff": CUTOFF,
-            "shards": sorted(self.shards, key=lambda shard: shard["file"]),
-        }
+
+def write_manifest(results: Sequence[PartResult], folder: Path, **manifest_fields: Any) -> dict[str, Any]:
+    """Merges the parts that were written to `folder` and describes the whole in its manifest, which is returned.
+
+    Raises:
+        InputError: no structure of any part passed validation.
+    """
+    merged = merge(results, folder)
+    if not merged["shards"]:
+        raise InputError(
+            f"{manifest_fields['name']}: no structure passed validation (rejected: {merged['counts']['rejected']})"
+        )
+    versions = {package: version(package) for package in ("moiety", "numpy", "pyarrow", "vesin")}
+    manifest = {**manifest_fields, **merged, "versions": versions}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
 
 
 class Corpus:
@@ -290,29 +211,13 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> dict[str, Any]:
-    """Hashes every shard of a corpus against its manifest and returns the manifest; InputError names a bad shard."""
+    """Hashes every file of a corpus against its manifest and returns the manifest; InputError names a bad one."""
     path = Path(path)
     manifest = read_manifest(path)
-    for entry in manifest["shards"]:
+    rejected = manifest.get("rejected")  # corpora of earlier versions have counts only
+    for entry in [*manifest["shards"], *([rejected] if rejected else [])]:
         _verify_shard(path, entry)
     return manifest
-
-
-def count_edges(structures: Sequence[Structure], cutoff: float = CUTOFF) -> Array:
-    """[len(structures)] int32, directed neighbour pairs of each structure: what a batch of it will cost."""
-    from moiety.models.feature_extraction_moiety import neighbor_list, pack  # torch: building needs it, reading not
-
-    arrays = pack([vars(structure) for structure in structures])
-    edge_index, _ = neighbor_list(
-        arrays["positions"], arrays["node_type"], arrays["graph_index"], arrays["cell"], arrays["pbc"], cutoff
-    )
-    return np.bincount(arrays["graph_index"][edge_index[1]], minlength=len(structures)).astype(np.int32)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_foreign_directory(out_dir: Path) -> None:
@@ -322,8 +227,9 @@ def refuse_foreign_directory(out_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _complete_or_absent(out_dir: Path) -> Iterator[Path]:
+def complete_or_absent(out_dir: Path) -> Iterator[Path]:
     """A directory to write into that takes out_dir's name when the block ends well, and vanishes otherwise."""
+    refuse_foreign_directory(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=out_dir.parent))
     try:
@@ -375,14 +281,3 @@ def _cache_folder(path: Path) -> Path:
 
 def _open_arrow(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def _chunks(items: Iterator[Structure], size: int) -> Iterator[list[Structure]]:
-    chunk: list[Structure] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
