@@ -13,21 +13,18 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
+from moiety.data import archives
 from moiety.errors import InputError
 
 UNKNOWN = "unknown"  # a Debian version may move: its checksum is then recorded, not expected
-MEMBER_LIMIT = 2 << 30  # bytes: no member of an archive may unpack to more than this
-STREAM_BLOCK = 1 << 20
 
 
 class SourceUnavailable(InputError):
@@ -83,16 +80,9 @@ class Archive:
     def members(self) -> Generator[tuple[str, IO[bytes]], None, None]:
         """Yields (name, open stream) of every plain member that matches the recipe's patterns, in archive order.
 
-        A stream is valid until the next one is asked for. Links, absolute names, names that climb out with ".." and
-        members above MEMBER_LIMIT are refused.
+        A stream is valid until the next one is asked for. Unsafe members are refused, see `moiety.data.archives`.
         """
-        if self.path.suffix in (".whl", ".zip"):
-            yield from self._zip_members()
-        elif self.path.suffix == ".deb":
-            yield from self._deb_members()
-        else:
-            with tarfile.open(self.path, mode="r:*") as tar:
-                yield from self._tar_members(tar)
+        return archives.members(self.path, self.source.member)
 
     def read(self, name: str) -> bytes:
         """The bytes of the first member called `name` (a name or a pattern)."""
@@ -108,41 +98,6 @@ class Archive:
                     yield stream
                     return
         raise InputError(f"{self.path}: holds no member {name}; delete the file, it is fetched again")
-
-    def _wanted(self, name: str, size: int) -> bool:
-        if not any(fnmatch(name, pattern) for pattern in self.source.member):
-            return False
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise InputError(f"{self.path}: unsafe member name {name!r}; do not use this archive")
-        if size > MEMBER_LIMIT:
-            raise InputError(f"{self.path}: member {name} unpacks to {size:,} bytes, over {MEMBER_LIMIT:,}")
-        return True
-
-    def _zip_members(self) -> Iterator[tuple[str, IO[bytes]]]:
-        with zipfile.ZipFile(self.path) as archive:
-            for info in archive.infolist():
-                if not info.is_dir() and self._wanted(info.filename, info.file_size):
-                    with archive.open(info) as stream:
-                        yield info.filename, stream
-
-    def _tar_members(self, tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
-        for info in tar:
-            name = info.name.removeprefix("./")
-            if info.isfile() and self._wanted(name, info.size):
-                stream = tar.extractfile(info)
-                assert stream is not None  # isfile() holds
-                with stream:
-                    yield name, stream
-
-    def _deb_members(self) -> Iterator[tuple[str, IO[bytes]]]:
-        command = ["dpkg-deb", "--fsys-tarfile", str(self.path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            try:
-                with tarfile.open(fileobj=process.stdout, mode="r|", bufsize=STREAM_BLOCK) as tar:
-                    yield from self._tar_members(tar)
-            finally:
-                process.kill()  # the rest of a package is not worth decompressing
 
 
 def cache_dir() -> Path:
