@@ -1,12 +1,14 @@
 """Structures as Arrow columns and back, without a copy on the way out.
 
 Arrays are flat lists (positions of N nodes: 3 N doubles); a named label is a column of its own: `scalar:gap`,
-`node_scalar:mulliken`, `group:split`.
+`node_scalar:mulliken`, `group:split`. The columns of tensors, `tensor:polarizability` and `node_tensor:velocity`, say
+their shape in the metadata of the field.
 """
 # Shapes: n structures in the shard, N nodes of one structure.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from moiety.data.structure import Array, Structure
+from moiety.errors import InputError
 
 GEOMETRY: dict[str, tuple[pa.DataType, tuple[int, ...]]] = {  # field -> stored type, shape in memory
     "node_type": (pa.int16(), (-1,)),
@@ -32,6 +35,8 @@ LABELS: dict[str, tuple[pa.DataType, tuple[int, ...]]] = {
 }
 ARRAYS = GEOMETRY | LABELS
 INTERNAL = {"energy", "charge", "spin", "num_nodes", "num_edges"}  # numbers that are not named labels
+TENSORS = {"tensor:": "tensors", "node_tensor:": "node_tensors"}  # prefix of the column -> field
+SHAPE = b"shape"  # key in the metadata of a tensor's column: JSON, -1 for the nodes
 STRINGS = ("id", "source", "domain", "theory")
 WIDE = {pa.int16(): np.int64, pa.int8(): np.int64, pa.int32(): np.int64}  # stored narrow, used as int64
 
@@ -59,7 +64,35 @@ def table_from(structures: Sequence[Structure], num_edges: Array) -> pa.Table:
         columns[f"node_scalar:{name}"] = _list_column([s.node_scalars.get(name) for s in structures], pa.float64())
     for name in _names(s.groups for s in structures):
         columns[f"group:{name}"] = pa.array([s.groups.get(name) for s in structures], pa.string())
-    return pa.table({name: column for name, column in columns.items() if column.null_count < len(column)})
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, field in TENSORS.items():
+        for name in _names(getattr(s, field) for s in structures):
+            values = [getattr(s, field).get(name) for s in structures]
+            shapes[prefix + name] = _common_shape(prefix + name, structures, values)
+            columns[prefix + name] = _list_column(values, pa.float64())
+    kept = {name: column for name, column in columns.items() if column.null_count < len(column)}
+    metadata = {name: {SHAPE: json.dumps(shape)} for name, shape in shapes.items()}
+    fields = [pa.field(name, column.type, metadata=metadata.get(name)) for name, column in kept.items()]
+    return pa.table(list(kept.values()), schema=pa.schema(fields))
+
+
+def _common_shape(column: str, structures: Sequence[Structure], values: Sequence[Array | None]) -> tuple[int, ...]:
+    """The shape that all values of a tensor label have; the nodes of a node tensor, its first axis, are -1.
+
+    Raises:
+        InputError: one structure has another shape than those before it.
+    """
+    first: tuple[int, ...] | None = None
+    for structure, value in zip(structures, values, strict=True):
+        if value is None:
+            continue
+        shape = np.shape(value)
+        if column.startswith("node_"):
+            shape = (-1, *shape[1:])
+        first = first or shape
+        if shape != first:
+            raise InputError(f"{structure.source} {structure.id}: {column} is {shape}, others {first}: make them equal")
+    return first or ()
 
 
 def _names(dictionaries: Iterable[dict]) -> list[str]:
@@ -162,6 +195,8 @@ class Shard:
                 for name in self.names("node_scalar:")
                 if (array := self._rows(f"node_scalar:{name}", np.array([index]))[0]) is not None
             },
+            tensors=self._tensors("tensor:", index),
+            node_tensors=self._tensors("node_tensor:", index),
             groups={
                 name: value for name in self.names("group:") if (value := row[f"group:{name}"][0].as_py()) is not None
             },
@@ -171,11 +206,18 @@ class Shard:
         if not self.has(name):
             return [None] * len(indices)
         kind, shape = ARRAYS.get(name, (pa.float64(), (-1,)))
+        metadata = self.table.schema.field(name).metadata or {}
+        if SHAPE in metadata:
+            shape = tuple(json.loads(metadata[SHAPE]))
         if name not in self._lists:
             self._lists[name] = _Lists(self.table[name].chunk(0), shape)
         rows = self._lists[name].rows(indices)
         wide = WIDE.get(kind)
         return [None if row is None else row.astype(wide) for row in rows] if wide else rows
+
+    def _tensors(self, prefix: str, index: int) -> dict[str, Array]:
+        found = {name: self._rows(prefix + name, np.array([index]))[0] for name in self.names(prefix)}
+        return {name: np.array(array) for name, array in found.items() if array is not None}
 
     @cached_property
     def _columns(self) -> set[str]:

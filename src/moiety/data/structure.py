@@ -38,6 +38,8 @@ class Structure:
     dipole: Array | None = None  # [3] e·Å
     scalars: dict[str, float] = field(default_factory=dict)  # named labels; the unit stands in the manifest
     node_scalars: dict[str, Array] = field(default_factory=dict)  # name -> [N]
+    tensors: dict[str, Array] = field(default_factory=dict)  # name -> any shape, the same in a corpus: [3, 3]
+    node_tensors: dict[str, Array] = field(default_factory=dict)  # name -> [N, ...]: velocity [N, 3]
     text: list[str] = field(default_factory=list)  # names, descriptions
     theory: str = ""  # level of theory of the labels, e.g. "B3LYP/6-31G(2df,p)"
     groups: dict[str, str] = field(default_factory=dict)  # keys for splits: scaffold, prototype, cluster, date, split

@@ -23,11 +23,16 @@ MAX_LENGTH = 1_000.0  # Å, of a lattice vector or an open structure: flat ones 
 SEARCH = 3.2  # Å, cutoff of the cell list for overlaps: with a smaller one vesin crashes below MAX_LENGTH already
 MIN_SPREAD = 1e-3  # |det cell| / (a b c): below, the vectors lie in one plane
 MAX_NODES = 100_000
+MAX_CHARGE = 100_000  # of charge (e) and multiplicity: more is no number of electrons
+UNIT_SYMPTOMS = ("overlap", "too-spread-out")  # what a wrong unit of length looks like
+UNITS = (("nm", 0.05, 0.2), ("bohr", 1.7, 2.1), ("pm", 50.0, 200.0))  # typical distances over covalent ones
 MAX_DENSE = 64  # nodes for which all pairs are cheaper than a tree
 
 REMEDIES = {  # reason code -> what the user can do
     # the file
     "no-file": "check the path",
+    "not-a-file": "give a regular file, not a folder, pipe or device",
+    "too-large": "unpack it yourself if you trust it, and split it",
     "empty-file": "export it again",
     "unknown-format": "use .xyz .extxyz .cif .mmcif .pdb .ent .sdf or .mol, as it is or as .gz or .xz",
     "binary-garbage": "check that the file is what its name says, and copy it again",
@@ -39,6 +44,7 @@ REMEDIES = {  # reason code -> what the user can do
     "unknown-element": "elements 1 to 118 are known: replace dummy atoms, check the element column",
     "not-finite": "recompute the geometry or remove the structure",
     "overlap": "remove duplicates, alternative locations or repeated images",
+    "wrong-unit": "positions are read as Å: convert them (1 bohr = 0.529177 Å, 1 nm = 10 Å, 1 pm = 0.01 Å)",
     "partial-occupancy": "order the structure first (pymatgen's OrderDisorderedStructureTransformation)",
     "flat-2d": "it is a drawing: generate 3-D coordinates (rdkit.Chem.AllChem.EmbedMolecule)",
     "no-usable-residues": "use a model with the full backbone, or --all-atom for the atoms there are",
@@ -47,6 +53,7 @@ REMEDIES = {  # reason code -> what the user can do
     "pbc-without-cell": "add the cell or turn pbc off",
     "cell-not-finite": "correct the cell",
     "singular-cell": "three lattice vectors that span a volume are needed: correct the cell",
+    "wrong-symmetry": "the space group and the listed operations disagree: correct one of them",
     "tiny-cell": f"at least {MIN_HEIGHT} Å: check the unit of length",
     "huge-cell": f"at most {MAX_LENGTH:.0f} Å: check the unit of length",
     "too-spread-out": f"at most {MAX_LENGTH:.0f} Å: check the unit of length, and for atoms far from the rest",
@@ -71,6 +78,15 @@ class Verdict:
     reason: str = ""
     remedy: str = ""
     structure: Structure | None = None
+    notes: tuple[str, ...] = ()  # what is odd about a structure that is ok, and what was made of it
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What readers yield: a structure as parsed, not yet checked, and what was left out or read as something else."""
+
+    structure: Structure
+    notes: tuple[str, ...] = ()
 
 
 class Rejected(Exception):
@@ -94,14 +110,40 @@ def verdicts(path: str | Path, all_atom: bool = False) -> Iterator[Verdict]:
 
     for index, item in enumerate(items(Path(path), all_atom)):
         if isinstance(item, Rejected):
-            problem: Problem | None = (item.code, item.reason, REMEDIES[item.code])
-        else:
-            problem = check(item)
+            yield Verdict(str(path), index, False, item.code, item.reason, REMEDIES[item.code])
+            continue
+        problem = check(item.structure)
+        if problem is None or problem[0] in UNIT_SYMPTOMS:
+            problem = wrong_unit(item.structure) or problem
         if problem is not None:
             yield Verdict(str(path), index, False, *problem)
         else:
-            assert isinstance(item, Structure)
-            yield Verdict(str(path), index, True, structure=item)
+            yield Verdict(str(path), index, True, structure=item.structure, notes=item.notes)
+
+
+def wrong_unit(structure: Structure) -> Problem | None:
+    """Positions of a molecule in bohr, nm or pm, seen from bonds; files only, where nothing else tells the unit.
+
+    The median over atoms of the distance to the nearest one, over the sum of the covalent radii (Cordero et al. 2008),
+    is 0.9 to 1.1 in Å: 1.9 in bohr, 0.1 in nm, 100 in pm. Bohr is named only where most atoms are H, C, N or O, which
+    bond (solid argon has 1.8). Crystals, fewer than 3 atoms, and energies in another unit cannot be told this way.
+    """
+    positions, node_type = structure.positions, structure.node_type
+    atoms_only = node_type.min(initial=1) >= 1 and node_type.max(initial=1) < FIRST_RESIDUE
+    if structure.periodic or len(positions) < 3 or not atoms_only or not np.isfinite(positions).all():
+        return None
+    from ase.data import covalent_radii
+    from scipy.spatial import KDTree
+
+    distance, neighbour = KDTree(positions).query(positions, k=2)
+    radius = covalent_radii[node_type]
+    ratio = float(np.median(distance[:, 1] / (radius + radius[neighbour[:, 1]])))
+    bonding = np.isin(node_type, (1, 6, 7, 8)).mean() > 0.5
+    unit = next((name for name, low, high in UNITS if low < ratio < high and (bonding or name != "bohr")), None)
+    if unit is None:
+        return None
+    reason = f"nearest neighbours are {ratio:.3g} bond lengths apart, as if positions were in {unit}"
+    return "wrong-unit", reason, REMEDIES["wrong-unit"]
 
 
 def check(structure: Structure) -> Problem | None:
@@ -144,12 +186,12 @@ def _wrong_shape(structure: Structure) -> str | None:
     num_nodes = len(structure.node_type)
     if len(structure.positions) != num_nodes:
         return f"{num_nodes} node types and {len(structure.positions)} positions"
-    per_node = ("role", "chain", "residue_index", "node_vectors", "forces")
-    for name in per_node:
+    per_node = {"role": (), "chain": (), "residue_index": (), "node_vectors": (4, 3), "forces": (3,)}
+    for name, shape in per_node.items():
         value = getattr(structure, name)
-        if value is not None and len(value) != num_nodes:
-            return f"{num_nodes} nodes and {len(value)} rows of {name}"
-    for name, values in structure.node_scalars.items():
+        if value is not None and np.shape(value) != (num_nodes, *shape):
+            return f"{num_nodes} nodes and {name} of the shape {np.shape(value)}"
+    for name, values in (structure.node_scalars | structure.node_tensors).items():
         if len(values) != num_nodes:
             return f"{num_nodes} nodes and {len(values)} values of {name}"
     for name, shape in (("cell", (3, 3)), ("stress", (3, 3)), ("pbc", (3,)), ("dipole", (3,))):
@@ -228,8 +270,13 @@ def _close_periodic_pairs(structure: Structure, reach: float) -> tuple[Array, Ar
 
 
 def _bad_label(structure: Structure) -> tuple[str, str] | None:
+    if abs(structure.charge) > MAX_CHARGE or not 1 <= structure.spin <= MAX_CHARGE:
+        return "bad-label", f"charge {structure.charge:.3g}, multiplicity {structure.spin:.3g}"
     for name in ("energy", "forces", "stress", "dipole"):
         value = getattr(structure, name)
         if value is not None and not np.isfinite(value).all():
+            return "bad-label", f"{name} is not finite"
+    for name, value in (structure.tensors | structure.node_tensors).items():
+        if not np.isfinite(value).all():
             return "bad-label", f"{name} is not finite"
     return None

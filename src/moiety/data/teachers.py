@@ -1,0 +1,213 @@
+"""Teachers: models that label structures where no measurement and no DFT is at hand. A teacher is named in `theory`.
+
+SevenNet-0 (Park et al. 2024, doi:10.1021/acs.jctc.4c00190) labels crystals and surfaces, GFN2-xTB (Bannwarth et al.
+2019, doi:10.1021/acs.jctc.8b01176) open molecules. Both come with the extra `moiety[labels]`, weights included. Labels
+are kept in $MOIETY_CACHE/labels under a hash of teacher, version and structure, so that a rebuild takes seconds.
+"""
+# Shapes: N nodes.
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol
+
+import numpy as np
+
+from moiety.data.download import cache_dir
+from moiety.data.structure import Array, Structure
+from moiety.errors import InputError
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a teacher says of one structure."""
+
+    energy: float  # eV
+    forces: Array  # [N, 3] eV/Å
+    stress: Array | None = None  # [3, 3] eV/Å^3, positive under tension; None unless periodic in three directions
+
+    def pack(self) -> bytes:
+        stress = np.zeros(0) if self.stress is None else self.stress
+        return np.concatenate([[self.energy], np.ravel(self.forces), np.ravel(stress)]).astype("<f8").tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes, num_nodes: int) -> Labels:
+        numbers = np.frombuffer(data, "<f8")
+        split = 1 + 3 * num_nodes
+        stress = numbers[split:].reshape(3, 3).copy() if len(numbers) > split else None
+        return cls(float(numbers[0]), numbers[1:split].reshape(-1, 3).copy(), stress)
+
+
+class Teacher(Protocol):
+    """Something that labels one structure at a time, on one core."""
+
+    theory: str  # for Structure.theory and the manifest
+    package: str  # distribution whose version counts
+
+    def knows(self, structure: Structure) -> bool:
+        """False where the structure holds an element the teacher has not seen."""
+        ...
+
+    def label(self, structure: Structure) -> Labels:
+        """Energy, forces and, for crystals, stress of one structure it knows."""
+        ...
+
+
+class SevenNet0:
+    """The universal potential SevenNet-0 (11 July 2024), trained on MPtrj (PBE and PBE+U): a model, not DFT."""
+
+    theory = "SevenNet-0 (teacher model, not DFT)"
+    package = "sevenn"
+
+    @cached_property
+    def _calculator(self) -> Any:
+        import torch
+        from sevenn.calculator import SevenNetCalculator
+
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_arrays_only()), _forced_weights_only():
+            warnings.simplefilter("ignore")  # accelerators that are not installed
+            return SevenNetCalculator("7net-0", device="cpu")
+
+    def knows(self, structure: Structure) -> bool:
+        return all(number in self._calculator.type_map for number in set(structure.node_type.tolist()))
+
+    def label(self, structure: Structure) -> Labels:
+        import torch
+        from ase import Atoms
+
+        atoms = Atoms(structure.node_type, structure.positions, cell=structure.cell, pbc=structure.pbc)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums in one order: the same labels on any number of cores
+        try:
+            self._calculator.calculate(atoms)
+        finally:
+            torch.set_num_threads(threads)
+        results = self._calculator.results
+        stress = results["stress"][[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3) if atoms.pbc.all() else None
+        return Labels(float(results["energy"]), results["forces"].astype(np.float64), stress)
+
+
+class GFN2xTB:
+    """The semi-empirical method GFN2-xTB, for open systems of elements up to radon."""
+
+    theory = "GFN2-xTB"
+    package = "tblite"
+
+    def knows(self, structure: Structure) -> bool:
+        return not structure.periodic and int(structure.node_type.max()) <= 86
+
+    def label(self, structure: Structure) -> Labels:
+        from ase.units import Bohr, Hartree
+        from tblite.interface import Calculator
+
+        calculator = Calculator(
+            "GFN2-xTB",
+            structure.node_type,
+            structure.positions / Bohr,
+            charge=float(structure.charge),
+            uhf=structure.spin - 1,
+        )
+        calculator.set("verbosity", 0)
+        result = calculator.singlepoint()
+        return Labels(result.get("energy") * Hartree, -result.get("gradient") * Hartree / Bohr)
+
+
+def available(teacher: Teacher) -> bool:
+    """Whether the teacher's package is installed."""
+    try:
+        version(teacher.package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+class Labeller:
+    """A teacher with a memory. Use as a context: `with Labeller(SevenNet0()) as labeller: labeller(structure)`.
+
+    Raises:
+        InputError: the teacher's package is not installed.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        if not available(teacher):
+            raise InputError(f"{teacher.theory} needs {teacher.package}: pip install 'moiety[labels]'")
+        self.teacher = teacher
+        self.name = f"{type(teacher).__name__}-{version(teacher.package)}"
+        folder = cache_dir() / "labels"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(folder / f"{self.name}.sqlite", timeout=60, isolation_level=None)
+        self._database.execute("PRAGMA journal_mode=WAL")  # several workers write at the same time
+        self._database.execute("PRAGMA synchronous=NORMAL")
+        self._database.execute("CREATE TABLE IF NOT EXISTS labels (key BLOB PRIMARY KEY, data BLOB, digest BLOB)")
+
+    def __enter__(self) -> Labeller:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def __call__(self, structure: Structure) -> Labels:
+        """Labels of a structure, from the cache where they are there and whole, else computed and kept."""
+        key = self.key(structure)
+        with closing(self._database.execute("SELECT data, digest FROM labels WHERE key = ?", (key,))) as rows:
+            row = rows.fetchone()
+        if row is not None and row[1] == _digest(key + row[0]):
+            return Labels.unpack(row[0], structure.num_nodes)
+        labels = self.teacher.label(structure)
+        data = labels.pack()
+        self._database.execute("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", (key, data, _digest(key + data)))
+        return labels
+
+    def key(self, structure: Structure) -> bytes:
+        """A hash of the teacher, its version, and of all it looks at."""
+        cell = np.zeros((3, 3)) if structure.cell is None else structure.cell
+        pbc = np.zeros(3) if structure.pbc is None else structure.pbc
+        parts = [structure.node_type, structure.positions, cell, pbc, [structure.charge, structure.spin]]
+        return _digest(self.name.encode() + b"".join(np.asarray(part, "<f8").tobytes() for part in parts))
+
+    def applied(self, structures: Iterable[Structure]) -> Iterator[Structure]:
+        """Structures with labels and theory filled in; those the teacher does not know pass as they are."""
+        for structure in structures:
+            if self.teacher.knows(structure):
+                labels = self(structure)
+                structure.energy, structure.forces, structure.stress = labels.energy, labels.forces, labels.stress
+                structure.theory = self.teacher.theory
+            yield structure
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+@contextmanager
+def _forced_weights_only() -> Iterator[None]:
+    """sevenn loads its checkpoint as a free pickle; here torch lets only tensors and the allowed names through."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _arrays_only() -> list[Any]:
+    """What sevenn's checkpoint holds besides tensors: numpy arrays, which build numbers and nothing else."""
+    import numpy._core.multiarray as multiarray
+
+    kinds = {type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")}
+    named = [(getattr(multiarray, name), f"numpy.core.multiarray.{name}") for name in ("_reconstruct", "scalar")]
+    return [*named, np.ndarray, np.dtype, *kinds]
