@@ -25,7 +25,7 @@ def test_check_gives_a_verdict_a_structure_and_exits_with_2(capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["ok"] == 12
     assert result["ok"] + sum(result["rejected"].values()) == len(result["verdicts"])
-    assert result["verdicts"][0].keys() == {"file", "index", "ok", "code", "reason", "remedy"}
+    assert result["verdicts"][0].keys() == {"file", "index", "ok", "code", "reason", "remedy", "notes"}
 
 
 def test_check_of_good_files_exits_with_0(capsys):

@@ -71,19 +71,21 @@ def show(
 
 @app.command()
 def check(files: Files, all_atom: AllAtom = False, as_json: AsJson = False) -> None:
-    """A verdict for every structure of the files; exit 2 if any of them is rejected."""
+    """A verdict for every structure of the files, and what is odd about good ones; exit 2 if any is rejected."""
     counts: Counter[str] = Counter()
     found = []
     for verdict in _verdicts(files, all_atom):
         counts[verdict.code] += 1
         if as_json:
-            fields = ("file", "index", "ok", "code", "reason", "remedy")
+            fields = ("file", "index", "ok", "code", "reason", "remedy", "notes")
             found.append({name: getattr(verdict, name) for name in fields})
         else:
             print(_line(verdict))
     num_rejected = counts.total() - counts["ok"]
     if as_json:
         print(json.dumps({"ok": counts["ok"], "rejected": _rejected(counts), "verdicts": found}))
+    for code, number in _rejected(counts).items():
+        _note(f"{code:<20}{number:>8,}")
     _note(f"{counts['ok']} structures ok, {num_rejected} rejected")
     if num_rejected:
         raise typer.Exit(2)
@@ -122,8 +124,15 @@ def _verdicts(files: list[Path], all_atom: bool) -> Iterator[Verdict]:
 
 def _line(verdict: Verdict) -> str:
     if verdict.ok:
-        return f"{verdict.file} [{verdict.index}] ok"
-    return f"{verdict.file} [{verdict.index}] {verdict.code}: {verdict.reason}; {verdict.remedy}"
+        line = f"{verdict.file} [{verdict.index}] ok" + "".join(f"; {note}" for note in verdict.notes)
+    else:
+        line = f"{verdict.file} [{verdict.index}] {verdict.code}: {verdict.reason}; {verdict.remedy}"
+    return _printable(line)
+
+
+def _printable(text: str) -> str:
+    """The text on one line: names and contents of files may hold line ends and commands to the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _rejected(counts: Counter[str]) -> dict[str, int]:

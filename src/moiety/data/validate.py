@@ -135,7 +135,7 @@ def wrong_unit(structure: Structure) -> Problem | None:
     from ase.data import covalent_radii
     from scipy.spatial import KDTree
 
-    distance, neighbour = KDTree(positions).query(positions, k=2)
+    distance, neighbour = map(np.asarray, KDTree(positions).query(positions, k=2))
     radius = covalent_radii[node_type]
     ratio = float(np.median(distance[:, 1] / (radius + radius[neighbour[:, 1]])))
     bonding = np.isin(node_type, (1, 6, 7, 8)).mean() > 0.5

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moiety.data.readers.text import read_text
 from moiety.data.structure import Structure
-from moiety.data.validate import Rejected, verdicts
+from moiety.data.validate import Noted, Rejected, verdicts
 from moiety.errors import InputError
 
 COMPRESSED = (".gz", ".xz")
@@ -76,7 +76,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def items(path: Path, all_atom: bool = False) -> Iterator[Structure | Rejected]:
+def items(path: Path, all_atom: bool = False) -> Iterator[Noted | Rejected]:
     """What a file holds, in order: structures as parsed, not yet checked, and reasons where parsing failed."""
     try:
         suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -84,14 +84,14 @@ def items(path: Path, all_atom: bool = False) -> Iterator[Structure | Rejected]:
         if suffix not in XYZ + SDF + CIF + PDB:
             raise Rejected("unknown-format", f"the suffix {suffix!r} is of no known format")
         for index, item in enumerate(_parse(read_text(path), suffix, all_atom)):
-            if isinstance(item, Structure):
-                item.id, item.source = f"{path.name}#{index}", path.name
+            if isinstance(item, Noted):
+                item.structure.id, item.structure.source = f"{path.name}#{index}", path.name
             yield item
     except Rejected as rejected:
         yield rejected
 
 
-def _parse(text: str, suffix: str, all_atom: bool) -> Iterator[Structure | Rejected]:
+def _parse(text: str, suffix: str, all_atom: bool) -> Iterator[Noted | Rejected]:
     """The items of one file's text. Each parser library is imported with its reader, at first use."""
     if suffix in XYZ:
         from moiety.data.readers import xyz

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moiety.data.readers.macromolecule import from_gemmi
-from moiety.data.readers.text import quietly
+from moiety.data.readers.macromolecule import FULL, from_gemmi
+from moiety.data.readers.text import count_of, quietly
 from moiety.data.structure import Structure
-from moiety.data.validate import Rejected
-from moiety.models.conversion_moiety import fields_of
+from moiety.data.validate import MAX_NODES, Noted, Rejected
+from moiety.models.conversion_moiety import ISOTOPES, fields_of
 
 if TYPE_CHECKING:
     import gemmi
 
-FULL = 1.0 - 1e-3  # occupancies are rounded
-MMCIF_TAG = re.compile(r"^\s*_atom_site\.", re.MULTILINE)
+MMCIF_TAG = re.compile(r"^[ \t]*_atom_site\.", re.MULTILINE)
+MAX_OPERATIONS = 1_000  # the largest space group has 192
 ERROR_LINE = re.compile(r"string:(\d+):")
 
 
-def read(text: str, all_atom: bool) -> Iterator[Structure | Rejected]:
+def read(text: str, all_atom: bool) -> Iterator[Noted | Rejected]:
     """The structure of an mmCIF, or that of every block of a CIF."""
     import gemmi
 
@@ -54,7 +54,7 @@ def _document(text: str) -> gemmi.cif.Document:
         raise Rejected(code, f"not a complete CIF ({message})") from None
 
 
-def _crystal(block: gemmi.cif.Block) -> Structure:
+def _crystal(block: gemmi.cif.Block) -> Noted:
     import gemmi
 
     small = quietly(lambda: gemmi.make_small_structure_from_block(block))
@@ -64,8 +64,32 @@ def _crystal(block: gemmi.cif.Block) -> Structure:
     cell = np.array(small.cell.orth.mat.tolist()).T  # gemmi keeps lattice vectors in columns
     if not small.cell.is_crystal():
         raise Rejected("singular-cell", f"the cell parameters are {small.cell.parameters}")
+    notes = _symmetry_notes(small)
+    isotopes = sum(site.element.name in ISOTOPES for site in small.sites)
+    if isotopes:
+        notes.append(f"{count_of(isotopes, 'site')} of D or T read as H")
     sites = quietly(small.get_all_unit_cell_sites)
     positions = [small.cell.orthogonalize(site.fract).tolist() for site in sites]
     structure = Structure(**fields_of([site.element.atomic_number for site in sites], positions, cell, True))
     structure.text = [block.name]
-    return structure
+    return Noted(structure, tuple(notes))
+
+
+def _symmetry_notes(small: gemmi.SmallStructure) -> list[str]:
+    """Notes on the symmetry that will be expanded; refuses two that disagree, and more sites than can be wanted."""
+    import gemmi
+
+    num_operations = max(len(small.symops), 1)
+    if len(small.sites) > MAX_NODES or num_operations > MAX_OPERATIONS:
+        raise Rejected("too-many-nodes", f"{len(small.sites)} sites and {num_operations} symmetry operations")
+    if not (small.symops or small.spacegroup_hm or small.spacegroup_hall or small.spacegroup_number):
+        return ["no symmetry is given: read as P 1"]
+    named = gemmi.find_spacegroup_by_name(small.spacegroup_hm, small.cell.alpha, small.cell.gamma)
+    if small.symops and named is not None:
+        expected = len(named.operations())
+        if num_operations != expected:
+            reason = f"{small.spacegroup_hm!r} has {expected} operations, {num_operations} are listed"
+            raise Rejected("wrong-symmetry", reason)
+    if not small.symops and small.spacegroup is None:
+        raise Rejected("wrong-symmetry", f"the space group {small.spacegroup_hm!r} is not known")
+    return []
