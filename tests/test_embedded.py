@@ -10,12 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ase.data import covalent_radii
 
 from moiety.data import teachers
+from moiety.data.build import load_recipe
 from moiety.data.shards import Corpus, write_corpus
 from moiety.data.structure import Structure
 from moiety.data.teachers import GFN2xTB, Labeller, Labels, SevenNet0
 from moiety.errors import InputError
+from moiety.models.vocabulary_moiety import POINT, ROLE_ID
+
+SAMPLES = Path(__file__).parent / "data" / "corpora"
 
 
 def water(**fields) -> Structure:
@@ -159,3 +164,119 @@ def test_sevennet_forces_and_stress_are_slopes_of_its_energy():
     expected = (energies[0].energy - energies[1].energy) / 2e-2 / abs(np.linalg.det(copper.cell))
     assert labels.stress[0, 0] == pytest.approx(expected, rel=0.05)
     assert np.trace(labels.stress) > 0  # wider than it wants to be: under tension
+
+
+# flows
+
+
+def grid() -> tuple[np.ndarray, np.ndarray]:
+    axis = np.arange(64) * 2 * np.pi / 64
+    x, y = np.meshgrid(axis, axis)
+    return x, y
+
+
+def test_a_taylor_green_vortex_decays_as_the_equation_says():
+    module, wave, viscosity = load_recipe("flows").module(), 3, 0.02
+    x, y = grid()
+    vorticity = 2 * wave * np.cos(wave * x) * np.cos(wave * y)
+    later = np.fft.irfft2(module.advance(np.fft.rfft2(vorticity), viscosity, 1.0))
+    assert later == pytest.approx(vorticity * np.exp(-2 * wave**2 * viscosity), abs=1e-12)
+    points = module.scattered(np.random.default_rng(0))
+    px, py = wave * points.T
+    expected = np.stack([-np.cos(px) * np.sin(py), np.sin(px) * np.cos(py)], axis=-1)
+    assert module.velocity_at(np.fft.rfft2(vorticity), points) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_flow_carries_vorticity_along():
+    """To first order in a small wave on a shear flow u = cos y: dw/dt = -cos y dw/dx - v d(shear)/dy, v of the wave."""
+    module, small, wave, duration = load_recipe("flows").module(), 1e-5, 4, 1e-3
+    x, y = grid()
+    shear, ripple = np.sin(y), small * np.cos(wave * x)  # of u = cos y, and a wave that has v = -small/wave sin(wave x)
+    change = np.fft.irfft2(module.advance(np.fft.rfft2(shear + ripple), 0.0, duration)) - shear - ripple
+    rise = np.fft.irfft2(-1j * module.WAVE_X * module.INVERSE * np.fft.rfft2(ripple))
+    expected = (np.cos(y) * wave * small * np.sin(wave * x) - rise * np.cos(y)) * duration
+    assert change == pytest.approx(expected, abs=2e-3 * np.abs(expected).max())
+
+
+def test_time_steps_are_of_fourth_order_and_an_inviscid_flow_keeps_its_energy(monkeypatch: pytest.MonkeyPatch):
+    module = load_recipe("flows").module()
+    start = module.random_vorticity(np.random.default_rng(1))
+
+    def at(step: float) -> np.ndarray:
+        monkeypatch.setattr(module, "STEP", step)
+        return module.advance(start, 1e-3, 0.4)
+
+    best = at(0.0025)
+    errors = [np.abs(at(step) - best).max() for step in (0.04, 0.02)]
+    assert 12 < errors[0] / errors[1] < 20
+
+    def energy(vorticity: np.ndarray) -> float:
+        return float(np.mean(sum(component**2 for component in module.velocity(vorticity))))
+
+    assert energy(start) == pytest.approx(1.0)
+    assert energy(module.advance(start, 0.0, 0.4)) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_points_of_a_flow_are_spaced_for_the_neighbour_list_and_carry_velocities():
+    corpus = Corpus.open(SAMPLES / "flows")
+    for flow in corpus:
+        assert (flow.node_type == POINT).all() and flow.pbc.tolist() == [True, True, False]
+        now, later = flow.node_tensors["velocity"], flow.node_tensors["next_velocity"]
+        assert now.shape == later.shape == (flow.num_nodes, 3)
+        assert not now[:, 2].any() and 0.2 < np.sqrt((now**2).sum(axis=1).mean()) < 1.5
+        assert np.abs(later - now).max() > 1e-3
+    assert 10 < corpus.num_edges.sum() / corpus.num_nodes.sum() < 22
+
+
+# surfaces
+
+
+def test_a_binding_atom_stands_one_bond_from_the_nearest_metal_and_the_rest_above_it():
+    module = load_recipe("surfaces").module()
+    slab = module._slab("Pt", "fcc111")
+    top = slab.positions[slab.positions[:, 2].argmax()]
+    place = module.binding_place(slab, top[:2], 6)
+    assert place == pytest.approx([*top[:2], top[2] + covalent_radii[6] + covalent_radii[78]])
+    for name in module.MOLECULES:
+        guest = module.upright(name)
+        assert guest.get_chemical_symbols()[0] == module.MOLECULES[name]
+        assert guest.positions[0] == pytest.approx([0, 0, 0])
+        assert guest.positions[1:, 2].min() > -0.05 or name == "CH3"
+
+
+def test_no_metal_stands_in_two_splits_and_every_lattice_is_held_out():
+    module = load_recipe("surfaces").module()
+    lattices = module.lattice_of()
+    assert set(module.HELD_OUT) <= set(lattices)
+    for split in ("val", "test"):
+        assert {lattices[metal] for metal, where in module.HELD_OUT.items() if where == split} == {"fcc", "bcc", "hcp"}
+
+
+def test_adsorbates_stand_on_their_slab_with_labels_of_a_named_teacher():
+    corpus = Corpus.open(SAMPLES / "surfaces")
+    assert corpus.manifest["theory"] == "SevenNet-0 (teacher model, not DFT)"
+    for surface in corpus:
+        guest = surface.role == ROLE_ID["adsorbate"]
+        height = surface.positions[guest, 2].min() - surface.positions[~guest, 2].max()
+        assert guest.any() and -0.2 < height < 3.0
+        assert surface.theory == corpus.manifest["theory"] and surface.stress is None
+        assert np.abs(surface.forces.sum(axis=0)).max() < 1e-3
+        assert np.linalg.norm(surface.forces, axis=1).max() < 20.0
+        assert -12 < surface.scalars["adsorption_energy"] < 15 and np.isfinite(surface.energy)
+    assert set(corpus.groups("rattled")) == {"yes", "no"}
+
+
+def test_an_adsorption_energy_is_the_difference_it_claims_to_be(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("sevenn")
+    module = load_recipe("surfaces").module()
+    (sample,) = (s for s in Corpus.open(SAMPLES / "surfaces") if s.id == "Mg-hcp0001-ontop-CO")
+    with Labeller(SevenNet0()) as labeller:
+        references = module.atomic_references(labeller)
+        again = module._structure("Mg", "hcp0001", "ontop", "CO")
+        assert module._label(again, labeller, references)
+        far = replace(again, positions=again.positions + np.outer(again.role == ROLE_ID["adsorbate"], [0, 0, 5.0]))
+        energy = labeller(far).energy
+    assert again.positions == pytest.approx(sample.positions, abs=1e-9)
+    assert again.scalars["adsorption_energy"] == pytest.approx(sample.scalars["adsorption_energy"], abs=1e-3)
+    slab = again.energy - again.scalars["adsorption_energy"] - references[6] - references[8]
+    assert energy - slab == pytest.approx(references[6] + references[8], abs=0.1)  # CO far away is CO
