@@ -164,7 +164,7 @@ def _tar_members(path: Path, file: Any, patterns: Sequence[str], limits: Limits)
         for number, info in enumerate(tar):
             if number >= limits.members:
                 raise InputError(f"{path}: more than {limits.members:,} members")
-            tar.members = []  # tarfile remembers all of them: a corpus has millions
+            vars(tar)["members"] = []  # tarfile remembers all of them: a corpus has millions
             name = info.name.removeprefix("./")
             if info.isdir() or not _wanted(path, name, patterns, info.isfile()):
                 continue
