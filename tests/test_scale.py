@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moiety.data.build import build
+from moiety.data.engines import WorkerDied
 from moiety.data.parts import write_part
 from moiety.data.shards import Corpus, verify, write_corpus, write_manifest
 from moiety.data.structure import Structure
@@ -16,6 +24,58 @@ from moiety.data.validate import verdicts
 from moiety.errors import InputError
 
 FILES = Path(__file__).parent / "data" / "files"
+
+
+RECIPE = """
+name: made-up
+title: Chains of carbon
+domain: molecule
+licence: CC0-1.0
+citation: nobody
+sources: []
+splits: by number
+profiles: {full: {size: 40}, deadly: {size: 40, die: 2}, faulty: {size: 40, fault: 1}}
+"""
+MODULE = """
+import os, signal
+import numpy as np
+from moiety.data.structure import Structure
+from moiety.errors import InputError
+
+def parts(archives, options):
+    return [[0, 10], [10, 25], [20, 30], [30, 40]]
+
+def structures(archives, options, part):
+    for number in range(*part):
+        if part[0] == 10 * options.get("die", -1) and number == 25:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if part[0] == 10 * options.get("fault", -1):
+            raise InputError(f"part {part} is broken")
+        size = 3 + number % 5
+        positions = np.arange(size)[:, None] * [1.5 if number != 7 else 0.1, 0, 0]
+        split = "val" if number % 4 == 0 else "train"
+        yield Structure([6] * size, positions, id=f"c{number}", scalars={"n": number}, groups={"split": split})
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Four parts of which the third repeats five ids of the second; one structure is no structure."""
+    (tmp_path / "made-up.py").write_text(MODULE)
+    path = tmp_path / "made-up.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """File -> sha256 of everything but the manifest."""
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def is_running(pid: str) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"  # the dead wait for their parent
 
 
 def chain(identity: str, size: int = 3, split: str = "train") -> Structure:
@@ -67,3 +127,75 @@ def test_an_id_of_an_earlier_part_is_rejected_in_the_later_one(tmp_path: Path):
     assert manifest["domains"] == {"molecule": 5}
     names = {shard["file"] for shard in manifest["shards"]}
     assert {path.name for path in tmp_path.iterdir()} - {".arrow", "manifest.json", "rejected.jsonl"} == names
+
+
+def test_shards_are_the_same_bytes_for_any_number_of_workers(recipe: Path, tmp_path: Path):
+    one = build(recipe, "full", tmp_path / "one", workers=1)
+    two = build(recipe, "full", tmp_path / "two", workers=2)
+    assert one == two
+    assert one["counts"] == {"in": 45, "ok": 39, "rejected": {"duplicate-id": 5, "overlap": 1}}
+    assert one["shards"][0]["file"] == "train-00000-00000.parquet"
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two") != {}
+    assert sorted(Corpus.open(tmp_path / "two").ids()) == sorted(f"c{number}" for number in range(40) if number != 7)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_writes_the_same_bytes(recipe: Path, tmp_path: Path):
+    ray = pytest.importorskip("ray")
+    local = build(recipe, "full", tmp_path / "local", workers=2)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        distributed = build(recipe, "full", tmp_path / "ray", workers=2, engine="ray")
+        with pytest.raises(InputError, match="is broken"):
+            build(recipe, "faulty", tmp_path / "faulty", engine="ray")
+        with pytest.raises(WorkerDied, match=r"part 2 \(\[20, 30\]\)"):
+            build(recipe, "deadly", tmp_path / "deadly", engine="ray")
+    finally:
+        ray.shutdown()
+    assert distributed == local
+    assert hashes(tmp_path / "ray") == hashes(tmp_path / "local") != {}
+    assert not (tmp_path / "faulty").exists() and not (tmp_path / "deadly").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "error", "told"),
+    [
+        ("deadly", WorkerDied, r"the worker of part 2 \(\[20, 30\]\) was killed by SIGKILL \(out of memory"),
+        ("faulty", InputError, r"part \[10, 25\] is broken"),
+    ],
+)
+def test_a_worker_that_dies_or_fails_leaves_nothing_and_is_named(
+    recipe: Path, tmp_path: Path, profile: str, error: type[Exception], told: str
+):
+    with pytest.raises(error, match=told):
+        build(recipe, profile, tmp_path / "out" / "corpus", workers=2)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert multiprocessing.active_children() == []
+
+
+def test_ctrl_c_ends_all_workers(recipe: Path, tmp_path: Path):
+    text = (tmp_path / "made-up.py").read_text()
+    (tmp_path / "made-up.py").write_text(
+        text.replace("    for number", "    import time; time.sleep(600)\n    for number")
+    )
+    code = (
+        f"from moiety.data.build import build\nbuild({str(recipe)!r}, 'full', {str(tmp_path / 'out/x')!r}, workers=2)"
+    )
+    script = tmp_path / "go.py"
+    script.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines()))
+    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:  # two and their tracker
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) != 0
+    while (left := [pid for pid in workers if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers and not left
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_unknown_engine_is_refused(recipe: Path, tmp_path: Path):
+    with pytest.raises(InputError, match="--engine spark: use one of processes, ray"):
+        build(recipe, "full", tmp_path / "out", engine="spark")

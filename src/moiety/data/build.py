@@ -1,7 +1,11 @@
-"""Recipes: what a corpus is made of (YAML), how its source is read (a module beside it), and the build of one.
+"""Recipes: what a corpus is made of (YAML), how its source is read, and the build of one.
 
-A recipe's module has one function, `structures(archives, options) -> Iterator[Structure]`: the archives that could be
-had by package name, and the options of the profile. Every structure it yields carries groups["split"].
+A recipe has a module beside it, or describes its containers under `reader:` (moiety.data.declared). A module has
+`structures(archives, options) -> Iterator[Structure]`: the archives that could be had by package name, and the options
+of the profile; every structure carries groups["split"]. Large ones also have `parts(archives, options) -> list`, of
+any JSON values, and then `structures(archives, options, part)`: each part is read, validated and written by itself.
+What a build has to say about itself, a module gives as `notes(archives, options) -> list[str]`.
+A collection names other recipes under `corpora:`.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
@@ -18,15 +22,27 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from moiety.data.download import Archive, Source, SourceUnavailable, fetch
-from moiety.data.shards import write_corpus
+from moiety.data.download import Archive, Source, SourceUnavailable, obtain
+from moiety.data.engines import run_parts
+from moiety.data.parts import PartResult, write_part
+from moiety.data.shards import MANIFEST, complete_or_absent, read_manifest, write_manifest
 from moiety.data.splits import SPLITS
 from moiety.data.structure import Structure
+from moiety.data.validate import Verdict
 from moiety.errors import InputError
 
 FOLDER = "data_recipes"
+LARGE = "large"  # folder in it, of recipes whose sources the user fetches
 
 
 @dataclass(frozen=True)
@@ -39,11 +55,41 @@ class Recipe:
     licence: str
     citation: str
     sources: tuple[Source, ...]
-    splits: str  # one sentence: how structures are dealt to train, val and test
+    splits: Any  # one sentence: how structures are dealt to train, val and test; what a `reader` makes of it else
     profiles: Mapping[str, Mapping[str, Any]]  # name -> options; train, val, test: how many structures of each to keep
     units: Mapping[str, str] = field(default_factory=dict)  # label name -> unit
     theory: str = ""  # level of theory of the labels
+    reader: Mapping[str, Any] = field(default_factory=dict)  # container and fields; instead of a module
+    traps: tuple[str, ...] = ()  # what goes wrong with this corpus elsewhere
+    unconfirmed: tuple[str, ...] = ()  # details that could not be checked against the corpus itself
     path: Path = Path()
+
+    def parts(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[Any]:
+        """What is built one by one, in a fixed order; one part, None, where the recipe names none."""
+        if self.reader:
+            from moiety.data import declared  # pyright: ignore[reportAttributeAccessIssue]
+
+            return declared.parts(self, archives, options)
+        module = self.module()
+        return module.parts(archives, options) if hasattr(module, "parts") else [None]
+
+    def structures(
+        self, archives: Mapping[str, Archive], options: Mapping[str, Any], part: Any
+    ) -> Iterator[Structure | Verdict]:
+        """The structures of a part."""
+        if self.reader:
+            from moiety.data import declared  # pyright: ignore[reportAttributeAccessIssue]
+
+            return declared.structures(self, archives, options, part)
+        module = self.module()
+        if hasattr(module, "parts"):
+            return module.structures(archives, options, part)
+        return module.structures(archives, options)
+
+    def notes(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[str]:
+        """What the manifest has to say about this build, such as labels that are missing."""
+        notes = None if self.reader else getattr(self.module(), "notes", None)
+        return notes(archives, options) if notes else []
 
     def module(self) -> ModuleType:
         """The reader beside the YAML, loaded by path: data_recipes is no package."""
@@ -58,8 +104,18 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """A hash of the YAML and of the reader: the same recipe makes the same corpus."""
-        content = self.path.read_bytes() + self.path.with_suffix(".py").read_bytes()
+        module = self.path.with_suffix(".py")
+        content = self.path.read_bytes() + (b"" if self.reader else module.read_bytes())
         return hashlib.sha256(content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Several corpora under one name."""
+
+    name: str
+    title: str
+    corpora: tuple[str, ...]
 
 
 def recipes_dir() -> Path:
@@ -68,9 +124,38 @@ def recipes_dir() -> Path:
     return checkout if checkout.is_dir() else Path(FOLDER)
 
 
-def list_recipes() -> list[Recipe]:
-    """All recipes of data_recipes, by name."""
-    return [load_recipe(path) for path in sorted(recipes_dir().glob("*.yaml"))]
+def list_recipes(large: bool = False) -> list[Recipe]:
+    """The recipes that build from package registries alone, by name; or those of the large corpora."""
+    folder = recipes_dir() / LARGE if large else recipes_dir()
+    return [load_recipe(path) for path in sorted(folder.glob("*.yaml")) if load_collection(path) is None]
+
+
+def load_collection(name: str | Path) -> Collection | None:
+    """The collection of that name or path; None where it is something else or nothing at all.
+
+    Raises:
+        InputError: a collection with a key that collections do not have or miss.
+    """
+    path = _recipe_path(name)
+    content = _read_yaml(path) if path.is_file() else None
+    if not isinstance(content, dict) or "corpora" not in content:
+        return None
+    _check_keys(content, Collection, set(), str(path))
+    return Collection(**{**content, "corpora": tuple(content["corpora"])})
+
+
+def _recipe_path(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    return next((found for found in recipes_dir().glob(f"{LARGE}/{recipe}.yaml")), recipes_dir() / f"{recipe}.yaml")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
 
 
 def load_recipe(recipe: str | Path) -> Recipe:
@@ -79,16 +164,11 @@ def load_recipe(recipe: str | Path) -> Recipe:
     Raises:
         InputError: no such recipe, or a key that recipes do not have or miss.
     """
-    path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
-        path = recipes_dir() / f"{recipe}.yaml"
+    path = _recipe_path(recipe)
     if not path.is_file():
-        known = sorted(item.stem for item in path.parent.glob("*.yaml"))
+        known = sorted(item.stem for item in [*path.parent.glob("*.yaml"), *path.parent.glob(f"{LARGE}/*.yaml")])
         raise InputError(f"no recipe {path}; known: {', '.join(known) or 'none'}{_nearest(path.stem, known)}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
+    content = _read_yaml(path)
     _check_keys(content, Recipe, {"path"}, str(path))
     if not isinstance(content["sources"], list) or not isinstance(content["profiles"], dict):
         raise InputError(f"{path}: sources is a list of mappings, profiles a mapping of names to options")
@@ -96,7 +176,24 @@ def load_recipe(recipe: str | Path) -> Recipe:
         _check_keys(entry, Source, set(), f"{path}: sources")
     sources = tuple(Source(**{**entry, "member": tuple(entry.get("member", ("*",)))}) for entry in content["sources"])
     content["profiles"] = {name: options or {} for name, options in content["profiles"].items()}
+    content |= {key: tuple(content[key]) for key in ("traps", "unconfirmed") if key in content}
     return Recipe(**{**content, "sources": sources, "path": path})
+
+
+@dataclass(frozen=True)
+class _PartWork:
+    """Builds part `number` of a recipe into `folder`; is sent to workers."""
+
+    recipe: Recipe
+    archives: Mapping[str, Archive]
+    options: Mapping[str, Any]
+    parts: Sequence[Any]
+    folder: Path
+
+    def __call__(self, number: int, report: Callable[[int], None]) -> PartResult:
+        structures = self.recipe.structures(self.archives, self.options, self.parts[number])
+        prefix = f"{number}:" if len(self.parts) > 1 else ""
+        return write_part(structures, self.folder, number, report, prefix)
 
 
 def build(
@@ -104,6 +201,9 @@ def build(
     profile: str = "tiny",
     out: str | Path | None = None,
     limit: int | None = None,
+    workers: int | None = None,
+    engine: str = "processes",
+    given: Path | None = None,
 ) -> dict[str, Any]:
     """Builds a corpus from its recipe: fetches the sources, reads them, validates, writes shards and manifest.
 
@@ -112,6 +212,9 @@ def build(
         profile: one of the recipe's profiles.
         out: directory of the corpus; corpora/PROFILE/RECIPE when not given.
         limit: at most this many structures; a tenth of them each for val and test.
+        workers: parts built at a time; the number of cores when not given.
+        engine: "processes" or "ray". Neither it nor `workers` changes a byte of the shards.
+        given: a folder of sources that the user has: looked into, by file name, before anything is fetched.
 
     Returns:
         The manifest.
@@ -120,22 +223,24 @@ def build(
         InputError: unknown recipe or profile, a source that cannot be had or is not the expected one.
     """
     plan = load_recipe(recipe)
-    if profile not in plan.profiles:
-        raise InputError(f"{plan.path}: no profile {profile!r}; it has {', '.join(plan.profiles)}")
-    options = _limited(plan.profiles[profile], limit)
-    out = Path(out) if out is not None else Path("corpora") / profile / plan.name
+    options = _options(plan, profile, limit)
+    out = Path(out) if out is not None else default_out(plan.name, profile)
     console = Console(stderr=True)
     console.print(f"{plan.name}: building the {profile} profile into {out}", highlight=False, soft_wrap=True)
-    with _progress(console) as progress:
-        archives, notes = _fetch_all(plan, progress)
+    with _progress(console) as progress, complete_or_absent(out) as folder:
+        archives, notes = _fetch_all(plan, progress, given)
+        notes += plan.notes(archives, options)
         for note in notes:
             console.print(f"{plan.name}: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-        structures = plan.module().structures(archives, options)
-        return write_corpus(
-            _counted(structures, plan, options, progress),
-            out,
+        parts = plan.parts(archives, options)
+        work = _PartWork(plan, archives, options, parts, folder.resolve())
+        names = [f"{number} ({part})" if part is not None else str(number) for number, part in enumerate(parts)]
+        results = run_parts(work, names, engine, workers, _told(plan, options, len(parts), progress))
+        return write_manifest(
+            results,
+            folder,
             name=plan.name,
-            source=", ".join(f"{a.source.registry}:{a.source.package}=={a.version}" for a in archives.values()),
+            source=", ".join(archive.label for archive in archives.values()),
             licence=plan.licence,
             citation=plan.citation,
             units=dict(plan.units),
@@ -143,14 +248,34 @@ def build(
             theory=plan.theory,
             split_rule=plan.splits,
             profile=profile,
-            options=dict(options),
+            options=options,
             recipe_sha256=plan.fingerprint(),
             sources=[archive.record() for archive in archives.values()],
             notes=notes,
         )
 
 
-def _fetch_all(plan: Recipe, progress: Progress) -> tuple[dict[str, Archive], list[str]]:
+def default_out(name: str, profile: str) -> Path:
+    """Where a corpus goes when nobody says."""
+    return Path("corpora") / profile / name
+
+
+def is_built(recipe: str, profile: str, out: Path, limit: int | None = None) -> bool:
+    """A corpus stands at `out` that the same recipe made with the same profile and options."""
+    if not (out / MANIFEST).is_file():
+        return False
+    plan, manifest = load_recipe(recipe), read_manifest(out)
+    wanted = {"recipe_sha256": plan.fingerprint(), "profile": profile, "options": _options(plan, profile, limit)}
+    return all(manifest.get(key) == value for key, value in wanted.items())
+
+
+def _options(plan: Recipe, profile: str, limit: int | None) -> dict[str, Any]:
+    if profile not in plan.profiles:
+        raise InputError(f"{plan.path}: no profile {profile!r}; it has {', '.join(plan.profiles)}")
+    return _limited(plan.profiles[profile], limit)
+
+
+def _fetch_all(plan: Recipe, progress: Progress, given: Path | None) -> tuple[dict[str, Archive], list[str]]:
     """The archives that can be had, by package, and what has to be said about those that cannot."""
     archives: dict[str, Archive] = {}
     notes: list[str] = []
@@ -161,7 +286,7 @@ def _fetch_all(plan: Recipe, progress: Progress) -> tuple[dict[str, Archive], li
         what = f"{plan.name}: {source.registry} {source.package} {source.version}{megabytes}"
         task = progress.add_task(what, total=None)
         try:
-            archives[source.package] = fetch(source)
+            archives |= {archive.key: archive for archive in obtain(source, given)}
         except SourceUnavailable as error:
             if source.use != "optional":
                 raise
@@ -173,11 +298,24 @@ def _fetch_all(plan: Recipe, progress: Progress) -> tuple[dict[str, Archive], li
     return archives, notes
 
 
-def _counted(
-    structures: Iterator[Structure], plan: Recipe, options: Mapping[str, Any], progress: Progress
-) -> Iterable[Structure]:
+def _told(
+    plan: Recipe, options: Mapping[str, Any], num_parts: int, progress: Progress
+) -> Callable[[int, int, bool], None]:
+    """What the engines call. The bar counts structures where their number is known, else parts."""
     total = sum(options[split] for split in SPLITS) if all(split in options for split in SPLITS) else None
-    return progress.track(structures, total=total, description=f"{plan.name}: structures")
+    task = progress.add_task(f"{plan.name}: structures", total=total or num_parts)
+    seen: dict[int, int] = {}
+    done: set[int] = set()
+
+    def tell(part: int, count: int, finished: bool) -> None:
+        seen[part] = max(seen.get(part, 0), count)
+        if finished:
+            done.add(part)
+        structures = sum(seen.values())
+        what = f"{plan.name}: {len(done)} of {num_parts} parts, {structures:,} structures"
+        progress.update(task, description=what, completed=structures if total else len(done))
+
+    return tell
 
 
 def _limited(options: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
@@ -213,5 +351,5 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _progress(console: Console) -> Progress:
     text = TextColumn("{task.description}")
-    columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not sys.stderr.isatty())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,26 +47,46 @@ def list_(as_json: AsJson = False) -> None:
 def build(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `moiety data list`), or the path of its YAML.")],
     profile: Annotated[str, typer.Option(help="tiny (minutes) or full.")] = "tiny",
-    out: Annotated[Path | None, typer.Option(help="Default: corpora/PROFILE/RECIPE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: corpora/PROFILE/RECIPE; of a collection, PROFILE.")] = None,
     limit: Annotated[int | None, typer.Option(min=3, help="At most this many structures.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Parts built at a time. Default: the cores.")] = None,
+    engine: Annotated[str, typer.Option(help="processes, or ray (a cluster); the shards are the same.")] = "processes",
+    given: Annotated[
+        Path | None, typer.Option("--from", help="Folder of source files you have.", exists=True, file_okay=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build a corpus: fetch its sources, read, validate, write shards and manifest."""
+    """Build a corpus: fetch its sources, read, validate, write shards and manifest. A collection: each that changed."""
     from moiety.data.build import build as build_corpus
+    from moiety.data.build import default_out, is_built, load_collection
 
-    manifest = build_corpus(recipe, profile, out, limit)
-    _show(out or Path("corpora", profile, manifest["name"]), manifest, as_json)
+    collection = load_collection(recipe)
+    if collection is None:
+        manifest = build_corpus(recipe, profile, out, limit, workers, engine, given)
+        _show(out or default_out(manifest["name"], profile), manifest, as_json)
+        return
+    for name in collection.corpora:
+        folder = out / name if out else default_out(name, profile)
+        if is_built(name, profile, folder, limit):
+            _note(f"{name}: {folder} was built by the same recipe, profile and options; kept")
+        else:
+            build_corpus(name, profile, folder, limit, workers, engine, given)
+    _show_all(out or default_out("", profile), collection.corpora, as_json)
 
 
 @app.command()
 def show(
-    corpus: Annotated[Path, typer.Argument(help="Directory of a corpus.")],
+    corpus: Annotated[Path, typer.Argument(help="Directory of a corpus, or of several.")],
     as_json: AsJson = False,
 ) -> None:
-    """What is in a corpus; every shard is hashed against its manifest."""
-    from moiety.data.shards import verify
+    """What is in a corpus, or a table of several; every shard is hashed against its manifest."""
+    from moiety.data.shards import MANIFEST, verify
 
-    _show(corpus, verify(corpus), as_json)
+    names = sorted(path.parent.name for path in corpus.glob(f"*/{MANIFEST}"))
+    if names and not (corpus / MANIFEST).exists():
+        _show_all(corpus, names, as_json)
+    else:
+        _show(corpus, verify(corpus), as_json)
 
 
 @app.command()
@@ -160,6 +180,28 @@ def _show(path: Path, manifest: dict[str, Any], as_json: bool) -> None:
     ]
     for name, value in rows:
         print(f"{name:<14}{value}")
+
+
+def _show_all(folder: Path, names: Iterable[str], as_json: bool) -> None:
+    from moiety.data.shards import verify
+
+    manifests = {name: verify(folder / name) for name in names}
+    if as_json:
+        print(json.dumps({"path": str(folder), "corpora": manifests}))
+        return
+    rows = [
+        [
+            name,
+            ", ".join(manifest["domains"]),
+            f"{manifest['counts']['ok']:,}",
+            f"{sum(manifest['counts']['rejected'].values()):,}",
+            _counted(manifest["splits"]),
+            ", ".join(manifest["units"]) or "none",
+            manifest["licence"],
+        ]
+        for name, manifest in manifests.items()
+    ]
+    _table(["corpus", "domain", "structures", "rejected", "splits", "labels", "licence"], rows)
 
 
 def _counted(numbers: dict[str, int]) -> str:

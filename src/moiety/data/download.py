@@ -21,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
 
-from moiety.data import archives
+from moiety.data import archives, url
 from moiety.errors import InputError
 
 UNKNOWN = "unknown"  # a Debian version may move: its checksum is then recorded, not expected
@@ -35,26 +35,28 @@ class SourceUnavailable(InputError):
 class Source:
     """One artifact of a registry, as a recipe names it."""
 
-    registry: str  # pypi | debian
+    registry: str  # pypi | debian | url
     package: str
     version: str
-    file: str = ""  # name of the wheel or sdist; Debian names its own
+    file: str = ""  # name of the wheel, sdist or file (with url: may be a pattern for --from); Debian names its own
     sha256: str = UNKNOWN
     size: int = 0  # bytes; 0 = not known
     member: tuple[str, ...] = ("*",)  # patterns of the archive members the recipe may read
     use: str = "required"  # required | optional (the build does without, and says so) | fallback (for those)
+    url: str = ""  # of a `registry: url` file: https, or http where the checksum is known
+    gate: str = ""  # what has to be accepted, and where, before the file may be had: it is then never fetched
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("registry", self.registry, ("pypi", "debian")),
+            ("registry", self.registry, ("pypi", "debian", "url")),
             ("use", self.use, ("required", "optional", "fallback")),
         ):
             if value not in allowed:
                 raise InputError(f"source {self.package}: {name} is {value!r}; use one of {', '.join(allowed)}")
         if not isinstance(self.version, str):
             raise InputError(f"source {self.package}: version {self.version} is a number to YAML; put it in quotes")
-        if self.registry == "pypi" and not self.file:
-            raise InputError(f"source {self.package}: a pypi source names its file (the wheel or the sdist)")
+        if self.registry != "debian" and not self.file:
+            raise InputError(f"source {self.package}: a {self.registry} source names its file")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ class Archive:
     source: Source
     version: str  # what was fetched: for Debian it may be newer than the recipe's
     sha256: str
+
+    @property
+    def key(self) -> str:
+        """What recipes call it by: the package; the file's name for one that comes from a URL."""
+        return self.path.name if self.source.registry == "url" else self.source.package
+
+    @property
+    def label(self) -> str:
+        """Registry, name and version, for the manifest."""
+        return f"{self.source.registry}:{self.key}=={self.version}"
 
     def record(self) -> dict[str, str | int]:
         """Provenance for the manifest."""
@@ -105,18 +117,44 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MOIETY_CACHE") or Path.home() / ".cache" / "moiety").expanduser()
 
 
+def obtain(source: Source, given: Path | None = None) -> list[Archive]:
+    """The user's own files, else the cached or downloaded artifact.
+
+    Args:
+        source: what is wanted.
+        given: a folder of the user's; what lies there under the source's file name (a pattern may match many) is
+            taken as it is. It is checked and never deleted.
+
+    Raises:
+        InputError: a file that is not the expected one; a gated source that is not in `given`; whatever `fetch` raises.
+    """
+    own = sorted(given.glob(source.file)) if given is not None and source.file else []
+    if own:
+        return [Archive(path, source, source.version, _check(path, source)) for path in own]
+    if source.gate:
+        raise InputError(f"{source.file}: gated: {source.gate}; fetch it yourself and give its folder with --from DIR")
+    return [fetch(source)]
+
+
 def fetch(source: Source) -> Archive:
     """Returns the cached artifact, downloading it first where it is missing.
 
     Raises:
         SourceUnavailable: the registry's client is absent or could not deliver.
-        InputError: the file is not the expected one; it has been deleted.
+        InputError: the file is not the expected one, and has been deleted; a URL that does not deliver.
     """
+    if source.registry == "url" and set(source.file) & set("*?["):
+        raise InputError(f"{source.file}: several files, not fetched from here ({source.url}); give them by --from DIR")
     folder = cache_dir() / "artifacts" / source.registry
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / f".{source.package}.lock"):
         cached = _cached(folder, source)
-        if cached is None:
+        if cached is None and source.registry == "url":
+            cached = folder / source.file
+            fetched = url.download(source.url, folder, source.file, source.sha256 if source.sha256 != UNKNOWN else "")
+            verify(fetched, source)
+            os.replace(fetched, cached)
+        elif cached is None:
             for stale in folder.glob(f".partial-{source.package}-*"):  # of a killed download: we hold the lock
                 shutil.rmtree(stale)
             with tempfile.TemporaryDirectory(prefix=f".partial-{source.package}-", dir=folder) as partial:
@@ -131,16 +169,22 @@ def fetch(source: Source) -> Archive:
 
 def verify(path: Path, source: Source) -> str:
     """The sha256 of `path`; a file that is not what the recipe expects is deleted and named."""
+    try:
+        return _check(path, source)
+    except InputError as error:
+        path.unlink()
+        raise InputError(f"{error}; the file was deleted, run again") from None
+
+
+def _check(path: Path, source: Source) -> str:
     digest = file_sha256(path)
     if not _is_pinned(path, source):
         return digest
     size = path.stat().st_size
     if source.size and size != source.size:
-        path.unlink()
-        raise InputError(f"{path}: {size:,} bytes, expected {source.size:,}; the file was deleted, run again")
+        raise InputError(f"{path}: {size:,} bytes, expected {source.size:,}")
     if source.sha256 not in (UNKNOWN, digest):
-        path.unlink()
-        raise InputError(f"{path}: sha256 {digest}, expected {source.sha256}; the file was deleted, run again")
+        raise InputError(f"{path}: sha256 {digest}, expected {source.sha256}")
     return digest
 
 
@@ -158,7 +202,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _cached(folder: Path, source: Source) -> Path | None:
-    if source.registry == "pypi":
+    if source.registry != "debian":
         path = folder / source.file
         return path if path.exists() else None
     pinned = [path for path in folder.glob(f"{source.package}_*.deb") if _is_pinned(path, source)]
@@ -166,7 +210,7 @@ def _cached(folder: Path, source: Source) -> Path | None:
 
 
 def _version_of(path: Path, source: Source) -> str:
-    return source.version if source.registry == "pypi" else path.name.split("_")[1].replace("%3a", ":")
+    return source.version if source.registry != "debian" else path.name.split("_")[1].replace("%3a", ":")
 
 
 def _is_pinned(path: Path, source: Source) -> bool:
