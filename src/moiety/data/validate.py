@@ -25,7 +25,7 @@ MIN_SPREAD = 1e-3  # |det cell| / (a b c): below, the vectors lie in one plane
 MAX_NODES = 100_000
 MAX_CHARGE = 100_000  # of charge (e) and multiplicity: more is no number of electrons
 UNIT_SYMPTOMS = ("overlap", "too-spread-out")  # what a wrong unit of length looks like
-UNITS = (("nm", 0.05, 0.2), ("bohr", 1.7, 2.1), ("pm", 50.0, 200.0))  # typical distances over covalent ones
+UNITS = (("nm", 0.05, 0.25), ("bohr", 1.7, 2.1), ("pm", 50.0, 200.0))  # typical distances over covalent ones
 MAX_DENSE = 64  # nodes for which all pairs are cheaper than a tree
 
 REMEDIES = {  # reason code -> what the user can do
@@ -43,7 +43,7 @@ REMEDIES = {  # reason code -> what the user can do
     # the atoms
     "unknown-element": "elements 1 to 118 are known: replace dummy atoms, check the element column",
     "not-finite": "recompute the geometry or remove the structure",
-    "overlap": "remove duplicates, alternative locations or repeated images",
+    "overlap": "remove duplicates, alternative locations or repeated images, or check the unit of length",
     "wrong-unit": "positions are read as Å: convert them (1 bohr = 0.529177 Å, 1 nm = 10 Å, 1 pm = 0.01 Å)",
     "partial-occupancy": "order the structure first (pymatgen's OrderDisorderedStructureTransformation)",
     "flat-2d": "it is a drawing: generate 3-D coordinates (rdkit.Chem.AllChem.EmbedMolecule)",
@@ -126,7 +126,8 @@ def wrong_unit(structure: Structure) -> Problem | None:
 
     The median over atoms of the distance to the nearest one, over the sum of the covalent radii (Cordero et al. 2008),
     is 0.9 to 1.1 in Å: 1.9 in bohr, 0.1 in nm, 100 in pm. Bohr is named only where most atoms are H, C, N or O, which
-    bond (solid argon has 1.8). Crystals, fewer than 3 atoms, and energies in another unit cannot be told this way.
+    bond (solid argon has 1.8). Crystals, fewer than 3 atoms, and energies in another unit cannot be told this
+    way.
     """
     positions, node_type = structure.positions, structure.node_type
     atoms_only = node_type.min(initial=1) >= 1 and node_type.max(initial=1) < FIRST_RESIDUE
@@ -139,8 +140,8 @@ def wrong_unit(structure: Structure) -> Problem | None:
     radius = covalent_radii[node_type]
     ratio = float(np.median(distance[:, 1] / (radius + radius[neighbour[:, 1]])))
     bonding = np.isin(node_type, (1, 6, 7, 8)).mean() > 0.5
-    unit = next((name for name, low, high in UNITS if low < ratio < high and (bonding or name != "bohr")), None)
-    if unit is None:
+    unit = next((name for name, low, high in UNITS if low < ratio < high), None)
+    if unit is None or (unit == "bohr" and not bonding):
         return None
     reason = f"nearest neighbours are {ratio:.3g} bond lengths apart, as if positions were in {unit}"
     return "wrong-unit", reason, REMEDIES["wrong-unit"]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import gemmi
 
 ATOM_RECORDS = ("ATOM", "HETATM")
+COORDINATE = re.compile(r" *[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+|nan|inf) *", re.IGNORECASE)
 MODEL = re.compile(r"^MODEL", re.MULTILINE)
 MODEL_END = re.compile(r"^ENDMDL.*\n?", re.MULTILINE)
 MAX_ATOMS = 20 * MAX_NODES  # of the residues of MAX_NODES
@@ -34,7 +35,7 @@ def read_pdb(text: str, all_atom: bool) -> Iterator[Noted | Rejected]:
     """The structure of a PDB file."""
     import gemmi
 
-    _refuse_truncated(text)
+    _refuse_damaged(text)
     num_models = len(MODEL.findall(text))
     first_end = MODEL_END.search(text)
     first = text[: first_end.end()] if first_end else text  # a trajectory may hold any number
@@ -88,6 +89,10 @@ def _file_notes(flat: Any) -> list[str]:
     occupancy = np.where(flat.altlocs != NO_ALTLOC, 1.0, flat.occ)
     if (occupancy < FULL).any():
         notes.append(f"{count_of((occupancy < FULL).sum(), 'atom')} of an occupancy below 1 read as present")
+    columns = (_strings(flat.chain_ids), flat.resnums, flat.icodes, names, _strings(flat.atom_names), flat.altlocs)
+    repeated = len(names) - len(set(zip(*(column.tolist() for column in columns), strict=True)))
+    if repeated:
+        notes.append(f"{count_of(repeated, 'atom')} of a name that its residue has already")
     water = np.isin(names, WATER)
     if water.any():
         notes.append(f"{count_of(water.sum(), 'atom')} of water left out")
@@ -137,12 +142,19 @@ def _strings(padded: Array) -> Array:
     return np.char.decode(np.ascontiguousarray(padded).view(f"S{padded.shape[1]}").reshape(-1), "utf-8")
 
 
-def _refuse_truncated(text: str) -> None:
-    """A PDB file has no count to check: a last record that is cut, or an entry of the archive without END, tells."""
+def _refuse_damaged(text: str) -> None:
+    """Refuses columns that hold no numbers, which gemmi reads as some, and files cut short.
+
+    A PDB file has no count to check: a last record that is cut, or an entry of the archive without END, tells.
+    """
     lines = text.rstrip("\n").split("\n")
     atoms = [line for line in lines if line.startswith(ATOM_RECORDS)]
     if not atoms:
         return
+    for line in atoms:
+        fields = (line[30:38], line[38:46], line[46:54])
+        if len(line) >= 54 and not all(COORDINATE.fullmatch(field) for field in fields):
+            raise Rejected("unreadable", f"columns 31 to 54 should hold x, y and z, they are {line[30:54]!r}")
     last = lines[-1]
     if last.startswith(ATOM_RECORDS) and len(last.rstrip()) < min(54, len(atoms[0].rstrip())):
         raise Rejected("truncated", f"the last record is cut: {last[:60]!r}")

@@ -69,6 +69,9 @@ def _frame(lines: list[str]) -> Noted:
             raise Rejected("wrong-shape", f"Lattice has {len(numbers)} numbers instead of 9")
     only: Any = slice(0, 1)  # ASE's own annotation says int
     atoms = quietly(lambda: next(iter(read_xyz(io.StringIO("\n".join(lines) + "\n"), only))))
+    beyond = atoms.numbers[(atoms.numbers < 0) | (atoms.numbers > len(ELEMENTS))]
+    if len(beyond):  # 119 and more are residues in the vocabulary
+        raise Rejected("unknown-element", f"atomic number {beyond[0]}")
     structure: Structure = quietly(lambda: from_object(atoms))
     if lattice is not None and not np.any(atoms.pbc):
         notes = (*notes, "pbc is off in every direction: the cell is left out")

@@ -1,0 +1,230 @@
+"""Every kind of bad file has its verdict, odd ones are usable and say so; traps neither run, hang nor fill memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import resource
+import subprocess
+import sys
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from moiety.cli import main
+from moiety.data.readers import read_one
+from moiety.data.shards import Corpus
+from moiety.data.structure import Structure
+from moiety.data.validate import REMEDIES, verdicts, wrong_unit
+
+FOLDER = Path(__file__).parent / "data" / "verdicts"
+CORPORA = Path(__file__).parent / "data" / "corpora"
+PEPTIDE = (Path(__file__).parent / "data" / "files" / "peptide.pdb").read_text()
+HALITE = (Path(__file__).parent / "data" / "files" / "halite.cif").read_text()
+EXPECTED = yaml.safe_load((FOLDER / "expected.yaml").read_text())
+WATER = "3\nwater\nO 0 0 0.119262\nH 0 0.763239 -0.477047\nH 0 -0.763239 -0.477047\n"
+
+
+def codes(path: Path) -> list[str]:
+    return [verdict.code for verdict in verdicts(path)]
+
+
+def run(*argv: object) -> int:
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_every_file_is_expected_and_there_are_enough():
+    assert set(EXPECTED) == {path.name for path in FOLDER.iterdir()} - {"expected.yaml"}
+    assert len(EXPECTED) >= 65
+    told = {code for entry in EXPECTED.values() for code in entry["codes"]}
+    elsewhere = {"no-file", "not-a-file", "too-large", "too-many-nodes", "too-spread-out", "unknown-domain"}
+    assert told | elsewhere | {"duplicate-id"} == set(REMEDIES) | {"ok"}  # of the rest this file has tests
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_file_gets_its_verdicts_and_notes(name, capfd):
+    expected = EXPECTED[name]
+    found = list(verdicts(FOLDER / name))
+    assert [verdict.code for verdict in found] == expected["codes"], [verdict.reason for verdict in found]
+    notes = [note for verdict in found for note in verdict.notes]
+    assert len(notes) == len(expected.get("notes", []))
+    for wanted, note in zip(expected.get("notes", []), notes, strict=True):
+        assert wanted in note
+    assert all(verdict.ok or (verdict.reason and not verdict.notes) for verdict in found)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_good_files_have_the_content_they_should():
+    molecule = next(s for s in Corpus.open(CORPORA / "qm9") if s.id in (FOLDER / "qm9.xyz").read_text())
+    assert np.abs(read_one(FOLDER / "qm9.xyz").positions - molecule.positions).max() < 1e-6
+    assert read_one(FOLDER / "heavy_water.xyz").node_type.tolist() == [8, 1, 1]
+    assert read_one(FOLDER / "atomic_numbers.xyz").node_type.tolist() == [6, 8]
+    assert read_one(FOLDER / "charged.mol").charge == 1
+    assert read_one(FOLDER / "negative_numbers.pdb").residue_index.tolist() == [-3, -2, -1, 0, 1]
+    assert read_one(FOLDER / "selenomethionine.pdb").num_nodes == 5
+    assert read_one(FOLDER / "cell_without_pbc.extxyz").cell is None
+    assert read_one(FOLDER / "no_symmetry.cif").num_nodes == 2
+    assert read_one(FOLDER / "uncertainties.cif").cell[0, 0] == pytest.approx(5.6402)
+    whole = read_one(FOLDER / "hybrid36.pdb")
+    for name in ("altloc.pdb", "models.pdb", "no_elements.pdb", "duplicate_atoms.pdb", "crlf.pdb"):
+        assert np.array_equal(read_one(FOLDER / name).positions, whole.positions), name
+
+
+def test_real_structures_are_not_taken_for_another_unit_and_scaled_ones_are():
+    told = {"bohr": 0, "nm": 0, "pm": 0}
+    total = 0
+    for name in ("qm9", "ccd"):
+        for structure in Corpus.open(CORPORA / name):
+            if structure.num_nodes < 3:
+                continue
+            assert wrong_unit(structure) is None, structure.id
+            total += 1
+            for unit, factor in (("bohr", 1 / 0.529177), ("nm", 0.1), ("pm", 100.0)):
+                scaled = Structure(structure.node_type, structure.positions * factor)
+                problem = wrong_unit(scaled)
+                told[unit] += problem is not None and f"in {unit}" in problem[1]
+    assert min(told.values()) >= 0.99 * total
+
+
+def test_check_prints_notes_counts_and_no_command_to_the_terminal(tmp_path, capsys):
+    trap = tmp_path / "a\nb \x1b[2J.xyz"
+    trap.write_text(WATER.replace("O ", "D "))
+    assert run("data", "check", trap) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1
+    assert "\x1b" not in out + err
+    assert "a\\nb \\x1b[2J.xyz [0] ok; 1 atom of D or T read as H" in out
+    assert run("data", "check", FOLDER / "models.pdb", FOLDER / "bohr.xyz", "--json") == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["verdicts"][0]["notes"] == ["the first of 3 models"]
+    assert "wrong-unit" in err
+
+
+def test_a_path_that_is_no_file_is_neither_opened_nor_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.xyz")
+    (tmp_path / "folder.cif").mkdir()
+    (tmp_path / "zero.pdb").symlink_to("/dev/zero")
+    (tmp_path / "gone.xyz").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "round.xyz").symlink_to(tmp_path / "round.xyz")
+    (tmp_path / "real.xyz").write_text(WATER)
+    (tmp_path / "link.xyz").symlink_to(tmp_path / "real.xyz")
+    assert codes(tmp_path / "pipe.xyz") == ["not-a-file"]
+    assert codes(tmp_path / "folder.cif") == ["not-a-file"]
+    assert codes(tmp_path / "zero.pdb") == ["not-a-file"]
+    assert codes(tmp_path / "gone.xyz") == ["no-file"]
+    assert codes(tmp_path / "round.xyz") == ["unreadable"]
+    assert codes(tmp_path / "link.xyz") == ["ok"]
+    assert codes(tmp_path / "real.xyz" / "inside.xyz") == ["no-file"]
+    assert codes(tmp_path / "a\0b.xyz") == ["no-file"]
+
+
+def xz_asking_for(memory_code: int) -> bytes:
+    """A small xz file whose header declares a dictionary of 2^(memory_code / 2 + 12) bytes."""
+    data = bytearray(lzma.compress(WATER.encode(), format=lzma.FORMAT_XZ))
+    header_size = (data[12] + 1) * 4
+    place = data.index(b"\x21\x01", 12) + 2
+    data[place] = memory_code
+    data[12 + header_size - 4 : 12 + header_size] = zlib.crc32(data[12 : 12 + header_size - 4]).to_bytes(4, "little")
+    return bytes(data)
+
+
+def test_bombs_are_refused_before_they_unfold(tmp_path):
+    (tmp_path / "bomb.xyz.gz").write_bytes(gzip.compress(b"0" * 2**26))
+    (tmp_path / "bomb.xyz.xz").write_bytes(lzma.compress(b"0" * 2**26))
+    (tmp_path / "greedy.xyz.xz").write_bytes(xz_asking_for(38))  # 2 GiB
+    tracemalloc.start()
+    for name in ("bomb.xyz.gz", "bomb.xyz.xz", "greedy.xyz.xz"):
+        assert codes(tmp_path / name) == ["too-large"], name
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27
+
+
+PICKLE = b"cos\nsystem\n(S'touch RAN'\ntR."  # protocol 0, by hand: os.system("touch RAN")
+
+
+def test_nothing_in_a_file_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    array = b"\x93NUMPY\x01\x00\x46\x00" + f"{str(dict(descr='|O', fortran_order=False, shape=(1,))):<69}\n".encode()
+    call = "__import__('os').system('touch RAN')"
+    comment = f'a="!!python/object/apply:os.system [touch RAN]" b={{{call}}} c="_JSON {call}" d=[{call}]'
+    files = {
+        "pickle.xyz": PICKLE,
+        "array.extxyz": array + PICKLE,
+        "comment.extxyz": WATER.replace("water", comment).encode(),
+        "lattice.extxyz": WATER.replace("water", f'Lattice="{call}"').encode(),
+        "properties.extxyz": WATER.replace("water", f"Properties={call}").encode(),
+        "symbol.xyz": WATER.replace("O ", f"{call} ").encode(),
+        "entity.cif": b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><x>&a;</x>',
+        "operation.cif": HALITE.replace("'F m -3 m'", f'"{call}"').encode(),
+        "field.sdf": b"trap\n\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n> <x>\n"
+        + call.encode()
+        + b"\n\n$$$$\n",
+    }
+    for name, data in files.items():
+        Path(name).write_bytes(data)
+        assert list(verdicts(name)), name
+    assert not Path("RAN").exists()
+
+
+def many_operations() -> str:
+    rows = "".join(f"'x+{i}/100003,y,z'\n" for i in range(100_000))
+    return HALITE.replace("_symmetry_space_group_name_H-M 'F m -3 m'\n", f"loop_\n_symmetry_equiv_pos_as_xyz\n{rows}")
+
+
+LARGE = {  # file -> how it is made, codes
+    "models.pdb": (lambda: "MODEL        1\nENDMDL\n" * 1_000_000, ["no-atoms"]),
+    "peptides.pdb": (lambda: f"MODEL 1\n{PEPTIDE.replace('END', 'ENDMDL')}" + "MODEL 2\nENDMDL\n" * 500_000, ["ok"]),
+    "operations.cif": (many_operations, ["too-many-nodes"]),
+    "loop.cif": (lambda: HALITE + "".join(f"X{i} Na 0.1 0.1 0.1 1\n" for i in range(150_000)), ["too-many-nodes"]),
+    "empty_lines.cif": (lambda: "\n" * 3_000_000, ["empty-file"]),
+    "blank.cif": (lambda: HALITE + "\n" * 3_000_000, ["ok"]),
+    "counts.xyz": (lambda: "999999999999\n\nH 0 0 0\n", ["truncated"]),
+    "digits.xyz": (lambda: "9" * 5_000 + "\n\nH 0 0 0\n", ["unreadable"]),
+    "columns.extxyz": (lambda: "1\nProperties=species:S:1:pos:R:1000000000\nH 0 0 0\n", ["wrong-counts"]),
+    "nested.extxyz": (lambda: f'1\na="_JSON {"[" * 90_000}"\nH 0 0 0\n', ["unreadable"]),
+    "open.sdf": (lambda: "a\n\n\n999999  0  0  0  0  0  0  0  0999 V2000\n", ["truncated"]),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_declared_or_repeated_without_end_costs_neither_time_nor_memory(name, tmp_path):
+    make, expected = LARGE[name]
+    path = tmp_path / name
+    path.write_text(make())
+    script = f"""
+import resource, sys
+from moiety.data.validate import verdicts
+print(*(verdict.code for verdict in verdicts({str(path)!r})))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    start = time.perf_counter()
+    limit = 4 * 2**30  # bytes of address space
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert result.returncode == 0, result.stderr
+    found, peak = result.stdout.strip().split("\n")
+    assert found.split() == expected
+    assert int(peak) < 1_000  # MiB
+    assert time.perf_counter() - start < 30
+
+
+def test_data_blocks_without_end_are_read_one_after_the_other(tmp_path):
+    path = tmp_path / "blocks.cif"
+    path.write_text("".join(f"data_{i}\n_a {i}\n" for i in range(100_000)))
+    assert codes(path) == ["no-atoms"]
