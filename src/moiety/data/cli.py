@@ -134,6 +134,24 @@ def pack(
     _show(out, manifest, as_json)
 
 
+@app.command()
+def leak(
+    train: Annotated[str, typer.Option(help="Corpus, CORPUS:SPLIT, or structure files: what is learned from.")],
+    test: Annotated[str, typer.Option(help="The same: what must not stand in the other.")],
+    out: Annotated[Path | None, typer.Option(help="Write every finding here, one JSON line each.")] = None,
+    fail: Annotated[bool, typer.Option("--fail", help="Exit 2 if a duplicate is found.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Duplicates and near duplicates across two sets; scaffolds and prototypes they share."""
+    from moiety.data.leak.report import compare, lines
+
+    report = compare(train, test, out)
+    print(json.dumps(report.as_dict()) if as_json else "\n".join(lines(report)))
+    if fail and report.num_duplicates:
+        _note(f"{report.num_duplicates} structures of {test} stand in {train}")
+        raise typer.Exit(2)
+
+
 def _verdicts(files: list[Path], all_atom: bool) -> Iterator[Verdict]:
     from moiety.data.readers import structure_files
     from moiety.data.validate import verdicts
