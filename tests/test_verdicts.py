@@ -155,7 +155,7 @@ PICKLE = b"cos\nsystem\n(S'touch RAN'\ntR."  # protocol 0, by hand: os.system("t
 
 def test_nothing_in_a_file_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    array = b"\x93NUMPY\x01\x00\x46\x00" + f"{str(dict(descr='|O', fortran_order=False, shape=(1,))):<69}\n".encode()
+    array = b"\x93NUMPY\x01\x00\x46\x00" + f"{dict(descr='|O', fortran_order=False, shape=(1,))!s:<69}\n".encode()
     call = "__import__('os').system('touch RAN')"
     comment = f'a="!!python/object/apply:os.system [touch RAN]" b={{{call}}} c="_JSON {call}" d=[{call}]'
     files = {
