@@ -2,7 +2,9 @@
 
 A substituted crystal is a guess, not a measurement: the prototype's fractional coordinates, other elements of the same
 groups of the periodic table, and the cell scaled isotropically by the cube root of (sum of cubed covalent radii, new /
-old), so that lengths suit the new elements. Angles and axis ratios stay those of the prototype; no energy is implied.
+old), so that lengths suit the new elements. Angles and axis ratios stay those of the prototype; nothing is relaxed.
+
+Where the extra `labels` is installed a teacher model (SevenNet-0) gives energy, forces and stress of all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 from moiety.data.download import Archive
 from moiety.data.splits import select, shuffled, split_of
 from moiety.data.structure import Array, Structure
+from moiety.data.teachers import Labeller, SevenNet0, available
 from moiety.models.vocabulary_moiety import ELEMENT_ID, ELEMENTS
 
 # Elements that stand in for each other. Noble gases, and what is too radioactive to have a solid of its own, do not.
@@ -51,8 +54,20 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
         _label(crystal)
     crystals = real + [variant for crystal in aflow for variant in _substituted(crystal, options.get("variants", 0))]
     crystals = [crystals[index] for index in shuffled((crystal.id for crystal in crystals), salt="crystals")]
-    for index in select([crystal.groups["split"] for crystal in crystals], options):
-        yield crystals[index]
+    chosen = (crystals[index] for index in select([crystal.groups["split"] for crystal in crystals], options))
+    if not available(SevenNet0()):
+        yield from chosen
+        return
+    with Labeller(SevenNet0()) as labeller:
+        yield from labeller.applied(chosen)
+
+
+def notes(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[str]:
+    """Whether the labels are there."""
+    teacher = SevenNet0()
+    if available(teacher):
+        return []
+    return [f"built without labels: {teacher.theory} needs {teacher.package} (pip install 'moiety[labels]')"]
 
 
 def _aflow(archive: Archive) -> Iterator[Structure]:

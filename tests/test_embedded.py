@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ase.data import covalent_radii
+from ase.data.vdw import vdw_radii
 
 from moiety.data import teachers
 from moiety.data.build import load_recipe
@@ -280,3 +281,53 @@ def test_an_adsorption_energy_is_the_difference_it_claims_to_be(monkeypatch: pyt
     assert again.scalars["adsorption_energy"] == pytest.approx(sample.scalars["adsorption_energy"], abs=1e-3)
     slab = again.energy - again.scalars["adsorption_energy"] - references[6] - references[8]
     assert energy - slab == pytest.approx(references[6] + references[8], abs=0.1)  # CO far away is CO
+
+
+# interactions
+
+
+def test_the_closest_atoms_of_a_pair_are_as_far_apart_as_said():
+    module = load_recipe("interactions").module()
+    first, second = (water(id=name, groups={"split": "train"}) for name in "AB")
+    for contact in module.CONTACTS:
+        pair = module.placed(first, second, contact)
+        radii = vdw_radii[pair.node_type]
+        distance = np.linalg.norm(pair.positions[:3, None] - pair.positions[None, 3:], axis=-1)
+        assert (distance / (radii[:3, None] + radii[3:])).min() == pytest.approx(contact, abs=1e-3)
+
+
+def test_interactions_vanish_with_the_distance_and_forces_balance():
+    corpus = Corpus.open(SAMPLES / "interactions")
+    mean = {}
+    for pair in corpus:
+        assert np.abs(pair.forces.sum(axis=0)).max() < 1e-8 and pair.theory == "GFN2-xTB"
+        assert set(pair.chain) == {"A", "B"} and pair.spin == 1
+        mean.setdefault(pair.scalars["contact"], []).append(abs(pair.scalars["interaction_energy"]))
+    assert np.mean(mean[1.6]) < 0.5 * np.mean(mean[1.0]) < 0.1  # eV
+    for split in ("train", "val", "test"):
+        own = Corpus.open(SAMPLES / "interactions", split)
+        others = [s for s in corpus if s.groups["split"] != split]
+        assert not {*own.groups("first"), *own.groups("second")} & {
+            s.groups[key] for s in others for key in ("first", "second")
+        }
+
+
+# crystals
+
+
+def test_crystals_carry_labels_of_a_named_teacher():
+    corpus = Corpus.open(SAMPLES / "crystals")
+    labelled = [crystal for crystal in corpus if crystal.energy is not None]
+    assert len(labelled) > 0.95 * len(corpus)
+    for crystal in labelled:
+        assert crystal.theory == corpus.manifest["theory"] == "SevenNet-0 (teacher model, not DFT)"
+        assert crystal.stress == pytest.approx(crystal.stress.T)
+        assert np.abs(crystal.forces.sum(axis=0)).max() < 1e-3
+
+
+def test_without_the_teacher_crystals_are_built_without_labels_and_say_so(monkeypatch: pytest.MonkeyPatch):
+    module = load_recipe("crystals").module()
+    assert module.notes({}, {}) == [] or not teachers.available(SevenNet0())
+    monkeypatch.setattr(module, "available", lambda teacher: False)
+    (note,) = module.notes({}, {})
+    assert note.startswith("built without labels: SevenNet-0") and "moiety[labels]" in note

@@ -26,9 +26,12 @@ from moiety.errors import InputError
 from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 
 SAMPLES = Path(__file__).parent / "data" / "corpora"
-NAMES = ("ccd", "crystals", "flows", "proteins", "qm9", "surfaces")
-FULL_COUNTS = {"ccd": 46_730, "crystals": 3_031, "proteins": 13_867, "qm9": 130_831}
-GROUP = {"crystals": "prototype", "flows": "field", "proteins": "cluster", "surfaces": "metal"}
+NAMES = ("ccd", "crystals", "flows", "interactions", "proteins", "qm9", "surfaces")
+FULL_COUNTS = {
+    "ccd": 46_730, "crystals": 3_031, "flows": 1_600, "interactions": 964,
+    "proteins": 13_867, "qm9": 130_831, "surfaces": 1_307,
+}  # fmt: skip
+GROUP = {"crystals": "prototype", "flows": "field", "interactions": "pair", "proteins": "cluster", "surfaces": "metal"}
 
 QM9_HEADER = (
     "XYZ_file,Index,SMILES,InChi,N_atoms,Stoichiometry,Elements,XYZ_Ang,Mulliken_pop,Harmonic_Freq_cmi,RotA_GHz,"
