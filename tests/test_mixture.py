@@ -160,3 +160,57 @@ def test_a_missing_corpus_names_the_command_that_builds_it(monkeypatch: pytest.M
     monkeypatch.setattr(mixture_module, "Corpus", Corpus)
     with pytest.raises(InputError, match="moiety data build qm9 --profile full"):
         make({"corpora/full/qm9": 1}) if not Path("corpora/full/qm9").exists() else make({"/nowhere/full/qm9": 1})
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, float("inf")])
+def test_with_a_temperature_the_shares_are_of_structures(temperature: float):
+    weights = {"small": 1.0, "middle": 2.0, "one": 0.01}
+    mixture = make(weights, temperature=temperature)
+    wanted = np.array([weight * SIZES[name] ** (1 / temperature) for name, weight in weights.items()])
+    drawn, number = np.zeros(3), 0
+    while drawn.sum() < 100_000:
+        batch = mixture.micro_batch(number)
+        drawn[batch.source] += len(batch.indices)
+        number += 1
+    assert drawn / drawn.sum() == pytest.approx(wanted / wanted.sum(), abs=0.01)
+    assert mixture.structure_shares == pytest.approx(wanted / wanted.sum(), abs=1e-9)
+
+
+def test_without_a_temperature_the_shares_are_of_micro_batches():
+    weights = np.array([0.61, 0.27, 0.12])
+    mixture = make(dict(zip(SIZES, weights.tolist(), strict=True)))
+    drawn = Counter(mixture._due(number)[0] for number in range(100_000))
+    assert [drawn[i] / 100_000 for i in range(3)] == pytest.approx(weights, abs=1e-4)
+
+
+def test_a_temperature_of_one_ends_all_epochs_together():
+    mixture = make({"small": 1, "middle": 1}, temperature=1.0)
+    num_batches = sum(source.num_batches for source in mixture.sources)
+    assert {mixture.micro_batch(n).epoch for n in range(num_batches - 3)} == {0}
+    with pytest.raises(InputError, match=r"data.temperature is -1"):
+        make(temperature=-1.0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_real_corpora_show_each_structure_once_an_epoch_on_any_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, world_size: int
+):
+    monkeypatch.setattr(mixture_module, "Corpus", Corpus)
+    weights = {str(CORPORA / name): 1.0 for name in ("qm9", "crystals", "proteins")}
+    ranks = [make(weights, node_budget=600, edge_budget=30_000, temperature=1.0) for _ in range(world_size)]
+    seen: dict[tuple[int, int], list[str]] = {}
+    num_batches = sum(source.num_batches for source in ranks[0].sources)
+    for number in range(4 * num_batches):
+        rank = ranks[number % world_size]  # as the loop deals them
+        batch = rank.micro_batch(number)
+        ids = rank.sources[batch.source].corpus.ids()
+        seen.setdefault((batch.source, batch.epoch), []).extend(ids[index] for index in batch.indices)
+    for (source, epoch), ids in seen.items():
+        if epoch < 3:
+            assert sorted(ids) == sorted(ranks[0].sources[source].corpus.ids())
+    assert ranks[0].digest("", 0, 4 * num_batches) == ranks[-1].digest("", 0, 4 * num_batches)
+
+
+def test_less_than_a_tenth_of_the_budget_is_wasted():
+    mixture = make({"small": 1, "middle": 1}, node_budget=640, edge_budget=20_000)
+    assert all(source.budget_used > 0.9 for source in mixture.sources)

@@ -30,7 +30,7 @@ MOST_LISTED = 12  # keys in an error message
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One corpus of a mixture; `weight` is its share of the micro-batches, up to normalisation."""
+    """One corpus of a mixture; `weight` is its share, up to normalisation: see `DataConfig.temperature` of what."""
 
     path: str
     weight: float = 1.0
@@ -46,6 +46,7 @@ class DataConfig:
     micro_batches: int = 4  # in one optimizer step, over all ranks: a multiple of the number of ranks
     split: str = "train"
     seed: int = 0
+    temperature: float | None = None  # T: shares of structures, weight n^(1/T); null: weights share out micro-batches
 
 
 @dataclass(frozen=True)

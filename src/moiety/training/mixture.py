@@ -9,6 +9,10 @@ padding or skew; the micro-batches are then shuffled. Between sources: the j-th 
 (j + phase_i) / weight_i, and the schedule is the merge of these progressions. After m micro-batches each source had
 weight_i * m of them, to within one, so neighbouring micro-batches, which go to different ranks, come from different
 domains.
+
+What a weight is a share of: without `data.temperature`, of the micro-batches, so of the work, since the budgets make
+them alike. With a temperature T, of the structures: source i, of n_i structures, has the share weight_i n_i^(1/T). At
+T = 1 all sources end their epochs together, at T = .inf the weights alone are the shares.
 """
 
 from __future__ import annotations
@@ -72,6 +76,19 @@ class Source:
         self.batch(0)
         return self._starts[1]
 
+    @property
+    def budget_used(self) -> float:
+        """Mean over the first epoch's micro-batches of the fuller budget: what is missing to 1 is waste."""
+        self.batch(0)
+        if self._epoch != 0:
+            self._cut(0)
+        config = self._config
+        full = [
+            max(self._num_nodes[i].sum() / config.node_budget, self._num_edges[i].sum() / config.edge_budget)
+            for i in self._batches
+        ]
+        return float(np.mean(full))
+
     def _cut(self, epoch: int) -> None:
         rng = np.random.default_rng([self._config.seed, self._number, epoch])
         order = rng.permutation(len(self._num_nodes))
@@ -109,7 +126,7 @@ class Source:
 
 
 class Mixture:
-    """Several sources, mixed by weight in units of micro-batches."""
+    """Several sources, mixed by weight."""
 
     def __init__(self, sources: list[Source], config: DataConfig) -> None:
         self.sources = sources
@@ -117,6 +134,8 @@ class Mixture:
         weights = np.array([source.weight for source in config.sources], dtype=np.float64)
         if not (np.isfinite(weights) & (weights > 0)).all():
             raise InputError(f"data.sources: weights are {weights.tolist()}; each must be above 0")
+        if config.temperature is not None:
+            weights = weights * self._structures_to_batches(config.temperature)
         self._weights = weights / weights.sum()
         self._phases = np.random.default_rng([config.seed, len(sources)]).random(len(sources))
 
@@ -138,6 +157,25 @@ class Mixture:
             sources.append(Source(corpus, Path(source.path).name, config, number))
         return cls(sources, config)
 
+    def _structures_to_batches(self, temperature: float) -> np.ndarray:
+        """[sources] n^(1/T) structures of each source, counted in its micro-batches."""
+        if not temperature > 0:
+            raise InputError(f"data.temperature is {temperature}; it must be above 0 (.inf: weights alone)")
+        sizes = np.array([len(source.corpus) for source in self.sources], dtype=np.float64)
+        batches = np.array([source.num_batches for source in self.sources], dtype=np.float64)
+        return (sizes / sizes.max()) ** (1 / temperature) * batches / sizes
+
+    @property
+    def shares(self) -> np.ndarray:
+        """[sources] share of each in the micro-batches."""
+        return self._weights
+
+    @property
+    def structure_shares(self) -> np.ndarray:
+        """[sources] share of each in the structures that are drawn."""
+        drawn = self._weights * [len(source.corpus) / source.num_batches for source in self.sources]
+        return drawn / drawn.sum()
+
     @property
     def fingerprint(self) -> str:
         """Equal for two mixtures that yield the same structures in the same order, wherever the corpora lie."""
@@ -145,18 +183,20 @@ class Mixture:
             "sources": [[s.corpus.fingerprint, float(w)] for s, w in zip(self.sources, self._weights, strict=True)],
             "order": [ORDER_VERSION, WINDOW, SIZE_JITTER],
         }
+        del facts["temperature"]  # what it does stands in the weights
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """Corpus name -> domain, structures, nodes, share of the micro-batches."""
+        """Corpus name -> domain, structures, nodes, shares of the micro-batches and of the structures."""
         return {
             source.name: {
                 "domain": source.corpus.domain,
                 "structures": len(source.corpus),
                 "nodes": int(source.corpus.num_nodes.sum()),
-                "share": round(float(weight), 4),
+                "share": round(float(share), 4),
+                "structure_share": round(float(drawn), 4),
             }
-            for source, weight in zip(self.sources, self._weights, strict=True)
+            for source, share, drawn in zip(self.sources, self.shares, self.structure_shares, strict=True)
         }
 
     def micro_batch(self, number: int) -> MicroBatch:

@@ -164,14 +164,15 @@ def print_plan(config: PretrainConfig) -> None:
 
 
 def _print_sources(console: Console, config: PretrainConfig, mixture: Mixture) -> None:
-    table = Table("corpus", "domain", "structures", "nodes", "micro-batches", "steps an epoch", "epochs", title="data")
-    total_weight = sum(source.weight for source in config.data.sources)
-    for source, settings in zip(mixture.sources, config.data.sources, strict=True):
-        steps = source.num_batches * total_weight / (settings.weight * config.data.micro_batches)
+    columns = ("structures", "nodes", "micro-batches", "steps an epoch", "epochs", "of work", "of structures", "unused")
+    table = Table("corpus", "domain", *columns, title="data")
+    shares = zip(mixture.sources, mixture.shares, mixture.structure_shares, strict=True)
+    for source, share, drawn in shares:
+        steps = source.num_batches / (share * config.data.micro_batches)
         row = (len(source.corpus), int(source.corpus.num_nodes.sum()), source.num_batches, round(steps))
-        table.add_row(
-            source.name, source.corpus.domain, *(f"{n:,}" for n in row), f"{config.training.steps / steps:.1f}"
-        )
+        percent = (f"{value:.1%}" for value in (share, drawn, 1 - source.budget_used))
+        epochs = f"{config.training.steps / steps:.1f}"
+        table.add_row(source.name, source.corpus.domain, *(f"{n:,}" for n in row), epochs, *percent)
     console.print(table)
 
 
@@ -179,12 +180,10 @@ def _per_micro_batch(config: PretrainConfig, mixture: Mixture | None) -> tuple[f
     """Mean nodes and edges of a micro-batch, over sources by weight."""
     if mixture is None:
         return float(config.data.node_budget), float(config.data.edge_budget)
-    total = sum(source.weight for source in config.data.sources)
     nodes = edges = 0.0
-    for source, settings in zip(mixture.sources, config.data.sources, strict=True):
-        share = settings.weight / total / source.num_batches
-        nodes += share * int(source.corpus.num_nodes.sum())
-        edges += share * int(source.corpus.num_edges.sum())
+    for source, share in zip(mixture.sources, mixture.shares, strict=True):
+        nodes += float(share) / source.num_batches * int(source.corpus.num_nodes.sum())
+        edges += float(share) / source.num_batches * int(source.corpus.num_edges.sum())
     return nodes, edges
 
 
