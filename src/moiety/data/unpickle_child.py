@@ -215,7 +215,8 @@ def main() -> None:
             refused = [repr(key), f"{type(error).__name__}: {error}"[:300]]
         if refused:
             break
-    output.write(msgpack.packb({"refused": refused} if refused else {"objects": found}))
+    answer = {"refused": refused} if refused else {"objects": found}
+    msgpack.pack(answer, output)
     output.flush()
 
 

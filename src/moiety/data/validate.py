@@ -61,6 +61,7 @@ REMEDIES = {  # reason code -> what the user can do
     "wrong-shape": "one row a node, 3 x 3 for cell and stress: correct it where the record is made",
     "bad-label": "remove the label or the structure",
     "unknown-domain": f"use one of {', '.join(DOMAIN_ID)}",
+    "missing-field": "the record lacks what the recipe names: correct the recipe, or mark the field optional",
     "duplicate-id": "make ids unique within the source",
 }
 

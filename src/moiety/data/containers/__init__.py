@@ -30,12 +30,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moiety.data import archives
-from moiety.data.structure import Structure
-from moiety.data.validate import Rejected
 from moiety.errors import InputError
 
-Record = dict[str, Any]
-Found = tuple[str, "Record | Structure | Rejected"]
+Found = tuple[str, Any]  # the key, and a record (a dict), a Noted structure of a file, or a Rejected
 
 
 @dataclass(frozen=True)
