@@ -331,3 +331,31 @@ def test_without_the_teacher_crystals_are_built_without_labels_and_say_so(monkey
     monkeypatch.setattr(module, "available", lambda teacher: False)
     (note,) = module.notes({}, {})
     assert note.startswith("built without labels: SevenNet-0") and "moiety[labels]" in note
+
+
+# complexes
+
+
+def test_a_ligand_lies_in_its_pocket_and_is_bonded_to_nothing_of_it():
+    for found in Corpus.open(SAMPLES / "complexes"):
+        ligand, heavy = found.role == ROLE_ID["ligand"], found.node_type > 1
+        assert (found.role[~ligand] == ROLE_ID["protein"]).all() and 8 <= (ligand & heavy).sum() <= 80
+        distance = np.linalg.norm(found.positions[ligand & heavy, None] - found.positions[~ligand & heavy], axis=-1)
+        assert 1.9 <= distance.min() <= 4.5
+        assert found.chain.count("ligand") == ligand.sum() and found.text == [found.groups["ligand"]]
+
+
+def test_additives_and_residues_are_no_ligands():
+    import gemmi
+
+    module = load_recipe("complexes").module()
+    verdicts = {}
+    for name, size in (("ATP", 31), ("PEG", 10), ("ALA", 10), ("DA", 20), ("ACY", 4)):
+        residue = gemmi.Residue()
+        residue.name = name
+        for _ in range(size):
+            atom = gemmi.Atom()
+            atom.element = gemmi.Element("C")
+            residue.add_atom(atom)
+        verdicts[name] = module.is_ligand(residue)
+    assert verdicts == {"ATP": True, "PEG": False, "ALA": False, "DA": False, "ACY": False}
