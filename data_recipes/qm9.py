@@ -15,6 +15,7 @@ from moiety.models.vocabulary_moiety import ELEMENT_ID
 
 HARTREE = 27.211386245988  # eV, CODATA 2018
 NUM_TRAIN, NUM_VAL = 110_000, 10_000
+PART = 20_000  # molecules
 THEORY = "B3LYP/6-31G(2df,p)"
 
 COLUMNS = {  # our name -> column of the table, factor to our unit
@@ -36,18 +37,41 @@ Row = dict[str, str]
 BRACKETS = str.maketrans("", "", "[]")
 
 
-def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
-    """Yields molecules in the order of the fixed permutation: train, then val, then test."""
-    rows = list(_rows(archives["qm9pack"]))
-    order = shuffled((row["XYZ_file"] for row in rows), salt="qm9")
+def parts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[list[int]]:
+    """Ranges of the selected molecules, in the order of the fixed permutation: train, then val, then test."""
+    num_selected = len(_selected(archives["qm9pack"], options))
+    return [[start, min(start + PART, num_selected)] for start in range(0, num_selected, PART)]
+
+
+def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part: list[int]) -> Iterator[Structure]:
+    """Yields the molecules of a part. The tables are searched for their rows; only these are parsed."""
+    wanted = _selected(archives["qm9pack"], options)[slice(*part)]
+    place = {index: order for order, (index, _) in enumerate(wanted)}
+    lines: list[str] = [""] * len(wanted)
+    header = ""
+    for index, line in _lines(archives["qm9pack"]):
+        if index < 0:
+            header = line
+        elif index in place:
+            lines[place[index]] = line
+    for row, (_, split) in zip(csv.DictReader([header, *lines]), wanted, strict=True):
+        yield _structure(row, split)
+
+
+def _selected(archive: Archive, options: Mapping[str, int]) -> list[tuple[int, str]]:
+    """(row of the tables, split) of the molecules to take, in the order of the permutation."""
+    order = shuffled((line.split(",", 1)[0].strip('"') for index, line in _lines(archive) if index >= 0), salt="qm9")
     splits = ["train" if i < NUM_TRAIN else "val" if i < NUM_TRAIN + NUM_VAL else "test" for i in range(len(order))]
-    for index in select(splits, options):
-        yield _structure(rows[order[index]], splits[index])
+    return [(order[index], splits[index]) for index in select(splits, options)]
 
 
-def _rows(archive: Archive) -> Iterator[Row]:
+def _lines(archive: Archive) -> Iterator[tuple[int, str]]:
+    """Rows of all tables, counted through, a line each; a table's header has the number -1."""
+    index = 0
     for _, stream in archive.members():
-        yield from csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8", newline=""))
+        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8", newline="")):
+            yield (-1 if number == 0 else index), line
+            index += number > 0
 
 
 def _structure(row: Row, split: str) -> Structure:

@@ -199,3 +199,14 @@ def test_ctrl_c_ends_all_workers(recipe: Path, tmp_path: Path):
 def test_an_unknown_engine_is_refused(recipe: Path, tmp_path: Path):
     with pytest.raises(InputError, match="--engine spark: use one of processes, ray"):
         build(recipe, "full", tmp_path / "out", engine="spark")
+
+
+def test_reading_holds_nothing_that_grows_with_the_corpus():
+    benchmark = Path(__file__).parents[1] / "benchmarks/corpus_scale.py"
+    command = [sys.executable, str(benchmark), "--structures", "200000"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    opened = [json.loads(line.removeprefix("open ")) for line in printed.splitlines() if line.startswith("open ")]
+    small, large = opened
+    assert (small["structures"], large["structures"]) == (10_000, 200_000)
+    assert large["read_mb"] - small["read_mb"] < 10  # a byte a structure and column would be more
+    assert large["open_mb"] < 10

@@ -108,14 +108,47 @@ def _list_column(arrays: Sequence[Array | None], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=missing)
 
 
+class _Bits:
+    """An Arrow bitmap, read bit by bit where it lies: a mapped file stays unread but for the pages asked for."""
+
+    def __init__(self, buffer: pa.Buffer | None, offset: int) -> None:
+        self.bytes = None if buffer is None else np.frombuffer(buffer, dtype=np.uint8)
+        self.offset = offset
+
+    def __getitem__(self, where: Array | slice) -> Array:
+        """[n] bool at the given places; all True where there is no bitmap (no nulls)."""
+        places = np.arange(where.start, where.stop) if isinstance(where, slice) else where
+        if self.bytes is None:
+            return np.ones(len(places), dtype=bool)
+        places = places + self.offset
+        return (self.bytes[places >> 3] >> (places & 7) & 1).astype(bool)
+
+
+def _valid(column: pa.Array) -> _Bits:
+    return _Bits(column.buffers()[0] if column.null_count else None, column.offset)
+
+
+class _Floats:
+    """A float64 column as numpy, nan where it is null; a view of the mapped file."""
+
+    def __init__(self, column: pa.Array) -> None:
+        stop = column.offset + len(column)
+        self.values = np.frombuffer(column.buffers()[1], dtype=np.float64)[column.offset : stop]
+        self.valid = _valid(column)
+
+    def __getitem__(self, indices: Array) -> Array:
+        return np.where(self.valid[indices], self.values[indices], np.nan)
+
+
 class _Lists:
     """A list column as numpy: offsets and values are views of the mapped file."""
 
     def __init__(self, column: pa.ListArray, shape: tuple[int, ...]) -> None:
         self.offsets = column.offsets.to_numpy()
         values = column.values
-        self.values = values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type))
-        self.valid = column.is_valid().to_numpy(zero_copy_only=False)
+        is_bits = pa.types.is_boolean(values.type)
+        self.values = _Bits(values.buffers()[1], values.offset) if is_bits else values.to_numpy()
+        self.valid = _valid(column)
         self.shape = shape
 
     def rows(self, indices: Array) -> list[Array | None]:
@@ -163,8 +196,8 @@ class Shard:
         columns: dict[str, list[Any]] = {name: self._rows(name, indices) for name in GEOMETRY}
         ids = self.table["id"].chunk(0).take(pa.array(indices)).to_pylist()
         charges, spins = self.column("charge")[indices].tolist(), self.column("spin")[indices].tolist()
-        names, values = self._scalars
-        rows = values[indices].tolist()
+        domains = self.table["domain"].chunk(0).take(pa.array(indices)).to_pylist()
+        names, rows = self._scalar_rows(indices)
         return [
             Structure(
                 domain=domain,
@@ -174,7 +207,7 @@ class Shard:
                 scalars={name: value for name, value in zip(names, rows[k], strict=True) if value == value},
                 **{name: column[k] for name, column in columns.items()},
             )
-            for k, domain in enumerate(self._domains[indices].tolist())
+            for k, domain in enumerate(domains)
         ]
 
     def structure(self, index: int) -> Structure:
@@ -185,11 +218,11 @@ class Shard:
         for name in ARRAYS:
             array = self._rows(name, np.array([index]))[0]
             fields[name] = None if array is None else np.array(array)
-        names, values = self._scalars
+        names, scalar_rows = self._scalar_rows(np.array([index]))
         return Structure(
             **fields,
             text=(row["text"][0].as_py() or []) if self.has("text") else [],
-            scalars={name: value for name, value in zip(names, values[index].tolist(), strict=True) if value == value},
+            scalars={name: value for name, value in zip(names, scalar_rows[0], strict=True) if value == value},
             node_scalars={
                 name: np.array(array)
                 for name in self.names("node_scalar:")
@@ -223,13 +256,13 @@ class Shard:
     def _columns(self) -> set[str]:
         return set(self.table.column_names)
 
-    @cached_property
-    def _domains(self) -> Array:
-        return np.array(self.table["domain"].to_pylist(), dtype=object)
+    def _scalar_rows(self, indices: Array) -> tuple[list[str], list[list[float]]]:
+        """Names of the scalar labels, and their values [indices, names], nan where missing."""
+        names = list(self._scalars)
+        if not names:
+            return names, [[]] * len(indices)
+        return names, np.stack([column[indices] for column in self._scalars.values()], axis=1).tolist()
 
     @cached_property
-    def _scalars(self) -> tuple[list[str], Array]:
-        """Names of the scalar labels, and their values [n, names], nan where missing."""
-        names = self.names("scalar:")
-        values = [self.floats(f"scalar:{name}") for name in names]
-        return names, np.stack(values, axis=1) if names else np.empty((len(self), 0))
+    def _scalars(self) -> dict[str, _Floats]:
+        return {name: _Floats(self.table[f"scalar:{name}"].chunk(0)) for name in self.names("scalar:")}
