@@ -36,9 +36,17 @@ def pairs(path: Path) -> Iterator[tuple[bytes, bytes]]:
         environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, create=False, max_dbs=0)
     except lmdb.Error as error:
         raise InputError(f"{path}: no LMDB ({error}); copy the file again") from None
-    with environment, environment.begin() as transaction:
-        for key, value in transaction.cursor():
-            yield bytes(key), bytes(value)
+    with environment:
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        file = path / "data.mdb" if path.is_dir() else path
+        if file.stat().st_size < needed:  # the file is mapped: a page that is not there would end the process
+            raise InputError(f"{path}: cut short, {file.stat().st_size:,} of {needed:,} bytes; copy the file again")
+        try:
+            with environment.begin() as transaction:
+                for key, value in transaction.cursor():
+                    yield bytes(key), bytes(value)
+        except lmdb.Error as error:
+            raise InputError(f"{path}: a damaged LMDB ({error}); copy the file again") from error
 
 
 def _row(value: bytes) -> dict[str, Any] | Rejected:

@@ -4,7 +4,8 @@ Options: `layout` is one of
 - `conformers`: every group under `root` that holds the dataset `conformers` [K, N, 3] is a molecule; of `fields`, those
   named in `per_conformer` have a row a conformer, the others belong to all; every `every`-th conformer is read.
 - `ragged`: `pointer` [S + 1] or `counts` [S], `per_atom` and `per_structure` names.
-- `grid`: `fields` [B, T, X, Y] on the mesh of the `axes` [X], [Y]: every `every`-th time, every `stride`-th point.
+- `grid`: `fields` [B, T, X, Y] on the mesh of the `axes` [X], [Y]: every `every`-th time, every `stride`-th point. The
+  record has `xyz`, the points in space, `zero`, a component that is not there, and `sample`, the number of the sample.
 
 A file can name other files (external links, external storage, virtual data sets) and filters that are loaded as
 plug-ins: all of these are refused. Soft links are aliases and passed over.
@@ -26,6 +27,7 @@ from moiety.errors import InputError
 LAYOUTS = ("conformers", "ragged", "grid")
 BUILT_IN_FILTERS = {1, 2, 3, 4, 5, 6, 32000}  # deflate, shuffle, checksum, szip, nbit, scale-offset; h5py's lzf
 MAX_DEPTH = 8
+DAMAGED = (KeyError, OSError, RuntimeError)  # what h5py raises for objects it cannot open
 
 
 def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -39,13 +41,16 @@ def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[
     except OSError as error:
         raise InputError(f"{path}: no HDF5 file ({error}); copy it again") from None
     with file:
-        root = file[options["root"]] if options.get("root") else file
-        if options["layout"] == "conformers":
-            yield from _molecules(path, root, options, "", 0)
-        elif options["layout"] == "ragged":
-            yield from ragged(_datasets(path, root), options, str(path))
-        else:
-            yield from _mesh(path, root, options)
+        try:
+            root = file[options["root"]] if options.get("root") else file
+            if options["layout"] == "conformers":
+                yield from _molecules(path, root, options, "", 0)
+            elif options["layout"] == "ragged":
+                yield from ragged(_datasets(path, root), options, str(path))
+            else:
+                yield from _mesh(path, root, options)
+        except DAMAGED as error:
+            raise InputError(f"{path}: cannot be read on ({error}); copy the file again") from error
 
 
 def _molecules(
@@ -81,10 +86,11 @@ def _mesh(path: Path, root: Any, options: Mapping[str, Any]) -> Iterator[tuple[s
             raise InputError(f"{path}: holds no data set {name}; it has {', '.join(sorted(arrays)[:12])}")
     axes = [np.asarray(_read(path, arrays[name], ()))[::stride] for name in options["axes"]]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
+    xyz = np.pad(points, ((0, 0), (0, 3 - len(axes))))  # a mesh of two axes lies in the plane z = 0
     first = arrays[options["fields"][0]]
     for sample in range(first.shape[0]):
         for time in range(0, first.shape[1], options.get("every", 1)):
-            record: dict[str, Any] = {"points": points}
+            record: dict[str, Any] = {"points": points, "xyz": xyz, "zero": xyz[:, 2], "sample": sample}
             for name in options["fields"]:
                 values = np.asarray(_read(path, arrays[name], (sample, time)))
                 values = values[tuple(slice(None, None, stride) for _ in axes)]
@@ -118,7 +124,11 @@ def _hard_link(path: Path, group: Any, key: str) -> bool:
 
 
 def _dataset(path: Path, group: Any, key: str) -> Any:
+    import h5py
+
     data = group[key]
+    if not isinstance(data, h5py.Dataset):
+        raise InputError(f"{path}: {group.name}/{key} is a {type(data).__name__}, not a data set; copy the file again")
     where = f"{path}: {data.name}"
     if data.external:
         raise InputError(f"{where} keeps its values in another file, {data.external[0][0]}; do not use this file")

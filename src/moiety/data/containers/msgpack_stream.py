@@ -1,7 +1,8 @@
 """msgpack as GEOM packs it: a stream of mappings, name of the molecule -> its facts and a list of conformers.
 
 Options: `conformers`, the field that holds the list (each conformer becomes a record, with the facts of its molecule);
-`most`, how many of them. Extension types are refused, lengths are bounded.
+`most`, how many of them. Rows [Z, x, y, z] of a field `xyz` become its `elements` and `positions`. Extension types are
+refused, lengths are bounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def records(stream: IO[bytes], options: Mapping[str, Any]) -> Iterator[tuple[str
                 raise InputError(f"msgpack: a {type(batch).__name__} where molecules by name are expected")
             for name, facts in batch.items():
                 yield from _conformers(str(name), facts, options)
-    except (msgpack.UnpackException, msgpack.BufferFull, ValueError, RecursionError) as error:
+    except (msgpack.UnpackException, msgpack.BufferFull, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"msgpack: cannot be read ({type(error).__name__}: {error}); copy the file again") from None
 
 
@@ -40,7 +41,15 @@ def _conformers(name: str, facts: Any, options: Mapping[str, Any]) -> Iterator[t
         yield name, {"name": name, **facts}
         return
     shared = {key: value for key, value in facts.items() if key != options["conformers"]}
-    for index, conformer in enumerate(facts.get(options["conformers"], ())[: options.get("most")]):
+    conformers = facts.get(options["conformers"], [])
+    if not isinstance(conformers, list):
+        raise InputError(f"msgpack: {name} has a {type(conformers).__name__} for conformers; copy the file again")
+    for index, conformer in enumerate(conformers[: options.get("most")]):
+        if not isinstance(conformer, dict):
+            raise InputError(f"msgpack: {name} has a {type(conformer).__name__} for a conformer; copy the file again")
+        rows = conformer.get("xyz")
+        if isinstance(rows, list) and rows and all(len(row) == 4 for row in rows):
+            conformer = conformer | {"xyz": {"elements": [r[0] for r in rows], "positions": [r[1:] for r in rows]}}
         yield f"{name}/{index}", {"name": name, **shared, **conformer}
 
 
