@@ -33,7 +33,10 @@ END_OF_DIRECTORY = b"PK\x05\x06"
 ZIP, DEB = (".zip", ".whl"), (".deb",)
 TAR = (".tar", ".tgz", ".tbz2", ".txz")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError)
+BROKEN_FORMAT = (
+    EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, NotImplementedError,
+)  # fmt: skip
+BROKEN = (OSError, *BROKEN_FORMAT)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,11 @@ def _zip_members(path: Path, patterns: Sequence[str], limits: Limits) -> Iterato
             if info.flag_bits & 1:
                 raise InputError(f"{what} is encrypted")
             allowed = min(limits.member_bytes, limits.total_bytes - total)
-            with archive.open(info) as stream:
+            try:
+                opened = archive.open(info)
+            except BROKEN as error:
+                raise InputError(f"{what} cannot be unpacked ({_reason(error)}); copy it again") from None
+            with opened as stream:
                 guarded = Guarded(stream, what, allowed, limits.ratio, lambda info=info: info.compress_size)
                 yield info.filename, io.BufferedReader(guarded, STREAM_BLOCK)
             total += guarded.count
@@ -224,7 +231,7 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+    except BROKEN_FORMAT as error:
         raise InputError(f"{path}: cannot be unpacked ({_reason(error)}); copy it again") from None
 
 

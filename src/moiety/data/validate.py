@@ -22,6 +22,7 @@ MIN_HEIGHT = 0.5  # Å, between two faces of a cell: below, every atom has thous
 MAX_LENGTH = 1_000.0  # Å, of a lattice vector or an open structure: flat ones beyond 1,600 Å crash vesin 0.6 (SIGFPE)
 SEARCH = 3.2  # Å, cutoff of the cell list for overlaps: with a smaller one vesin crashes below MAX_LENGTH already
 MIN_SPREAD = 1e-3  # |det cell| / (a b c): below, the vectors lie in one plane
+MAX_COORDINATE = 1e6  # Å, from the origin or within a cell: beyond, distances lose their digits
 MAX_NODES = 100_000
 MAX_CHARGE = 100_000  # of charge (e) and multiplicity: more is no number of electrons
 UNIT_SYMPTOMS = ("overlap", "too-spread-out")  # what a wrong unit of length looks like
@@ -56,7 +57,7 @@ REMEDIES = {  # reason code -> what the user can do
     "wrong-symmetry": "the space group and the listed operations disagree: correct one of them",
     "tiny-cell": f"at least {MIN_HEIGHT} Å: check the unit of length",
     "huge-cell": f"at most {MAX_LENGTH:.0f} Å: check the unit of length",
-    "too-spread-out": f"at most {MAX_LENGTH:.0f} Å: check the unit of length, and for atoms far from the rest",
+    "too-spread-out": f"at most {MAX_LENGTH:.0f} Å: check the unit of length, for atoms far away, or wrap them",
     # the record
     "wrong-shape": "one row a node, 3 x 3 for cell and stress: correct it where the record is made",
     "bad-label": "remove the label or the structure",
@@ -138,6 +139,8 @@ def wrong_unit(structure: Structure) -> Problem | None:
     from scipy.spatial import KDTree
 
     distance, neighbour = map(np.asarray, KDTree(positions).query(positions, k=2))
+    if not np.isfinite(distance).all():
+        return None  # too far apart for a double
     radius = covalent_radii[node_type]
     ratio = float(np.median(distance[:, 1] / (radius + radius[neighbour[:, 1]])))
     bonding = np.isin(node_type, (1, 6, 7, 8)).mean() > 0.5
@@ -178,8 +181,11 @@ def _first_problem(structure: Structure) -> tuple[str, str] | None:
         problem = _cell_problem(structure.cell, np.asarray(structure.pbc, dtype=bool))
         if problem is not None:
             return problem
+    farthest = float(np.abs(positions).max())
+    if farthest > MAX_COORDINATE:
+        return "too-spread-out", f"a coordinate of {farthest:.4g} Å"
     extent = float(np.ptp(positions, axis=0).max())
-    if extent > MAX_LENGTH and not (structure.pbc is not None and np.all(structure.pbc)):
+    if extent > MAX_LENGTH:  # periodic ones too: the neighbour search refuses them
         return "too-spread-out", f"the structure is {extent:.4g} Å long"
     return _overlap(structure) or _bad_label(structure)
 
@@ -210,9 +216,12 @@ def _cell_problem(cell: Array | None, pbc: Array) -> tuple[str, str] | None:
     vectors = np.asarray(cell, dtype=np.float64)[pbc]
     if not np.isfinite(vectors).all():
         return "cell-not-finite", f"the cell is {vectors.tolist()}"
-    lengths = np.linalg.norm(vectors, axis=1)
+    lengths = np.hypot.reduce(vectors, axis=1)  # does not square what it is given
+    if lengths.max() > MAX_COORDINATE:  # products of such numbers overflow
+        return "huge-cell", f"a lattice vector of {lengths.max():.3g} Å"
     # the volume that the periodic vectors span: length, area or |det|
-    spread = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
+    with np.errstate(divide="ignore"):  # vectors of length 1e-200
+        spread = np.sqrt(max(np.linalg.det(vectors @ vectors.T), 0.0))
     if spread <= MIN_SPREAD * lengths.prod():
         return "singular-cell", f"lattice vectors of {np.round(lengths, 3).tolist()} Å span no volume"
     heights = 1.0 / np.linalg.norm(np.linalg.pinv(vectors), axis=0)

@@ -139,7 +139,7 @@ def _chain_breaks(structure: Structure) -> int:
 
 def _strings(padded: Array) -> Array:
     """[A] strings of gemmi's [A, 8] zero-padded characters."""
-    return np.char.decode(np.ascontiguousarray(padded).view(f"S{padded.shape[1]}").reshape(-1), "utf-8")
+    return np.char.decode(np.ascontiguousarray(padded).view(f"S{padded.shape[1]}").reshape(-1), "utf-8", "replace")
 
 
 def _refuse_damaged(text: str) -> None:
