@@ -40,6 +40,7 @@ SUBSTITUTES = {
 }
 MIN_CONTACT = 0.7  # of the sum of covalent radii: closer atoms are a bad guess
 MIN_VOLUME = 5.0  # Å^3 an atom (diamond has 5.7): light elements in a high-pressure prototype are another
+MAX_FORCE = 50.0  # eV/Å: beyond, the teacher extrapolates, and the structure stays without labels
 SYMMETRY_TOLERANCE = 0.01  # Å
 SEED = 20261122
 
@@ -59,7 +60,11 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
         yield from chosen
         return
     with Labeller(SevenNet0()) as labeller:
-        yield from labeller.applied(chosen)
+        for crystal in labeller.applied(chosen):
+            if crystal.forces is not None and np.linalg.norm(crystal.forces, axis=1).max() > MAX_FORCE:
+                crystal.energy = crystal.forces = crystal.stress = None
+                crystal.theory = ""
+            yield crystal
 
 
 def notes(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[str]:

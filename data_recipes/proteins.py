@@ -127,7 +127,7 @@ def _chains_of(archive: Archive) -> Iterator[Structure]:
         if parser is None:
             continue
         try:
-            found = from_gemmi(parser(opener(stream.read()).decode("utf-8")), all_atom=False)
+            found = from_gemmi(parser(opener(stream.read()).decode("utf-8")), all_atom=False).structure
         except (Rejected, RuntimeError, ValueError, OSError, EOFError):
             continue  # test data of parsers: many of the files are broken on purpose
         yield from _split_chains(found, f"{archive.source.package}:{name.split('.')[0]}")
