@@ -67,7 +67,7 @@ class Recipe:
     def parts(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[Any]:
         """What is built one by one, in a fixed order; one part, None, where the recipe names none."""
         if self.reader:
-            from moiety.data import declared  # pyright: ignore[reportAttributeAccessIssue]
+            from moiety.data import declared
 
             return declared.parts(self, archives, options)
         module = self.module()
@@ -78,7 +78,7 @@ class Recipe:
     ) -> Iterator[Structure | Verdict]:
         """The structures of a part."""
         if self.reader:
-            from moiety.data import declared  # pyright: ignore[reportAttributeAccessIssue]
+            from moiety.data import declared
 
             return declared.structures(self, archives, options, part)
         module = self.module()
