@@ -23,24 +23,30 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 @app.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """The corpora that can be built here."""
+    """The corpora that can be built here, and the large ones that are read from files one has (--from)."""
     from moiety.data.build import list_recipes
 
-    recipes = [
-        {
-            "name": recipe.name,
-            "domain": recipe.domain,
-            "profiles": list(recipe.profiles),
-            "licence": recipe.licence,
-            "title": recipe.title,
-        }
-        for recipe in list_recipes()
-    ]
+    recipes, large = (
+        [
+            {
+                "name": recipe.name,
+                "domain": recipe.domain,
+                "profiles": list(recipe.profiles),
+                "licence": recipe.licence,
+                "title": recipe.title,
+                "gated": any(source.gate for source in recipe.sources),
+            }
+            for recipe in list_recipes(large=size)
+        ]
+        for size in (False, True)
+    )
     if as_json:
-        print(json.dumps({"recipes": recipes}))
+        print(json.dumps({"recipes": recipes, "large": large}))
         return
     rows = [[r["name"], r["domain"], ", ".join(r["profiles"]), r["licence"], r["title"]] for r in recipes]
     _table(["recipe", "domain", "profiles", "licence", "what it is"], rows)
+    rows = [[r["name"], r["domain"], "gated" if r["gated"] else "", r["licence"], r["title"]] for r in large]
+    _table(["large corpus", "domain", "", "licence", "what it is"], rows)
 
 
 @app.command()

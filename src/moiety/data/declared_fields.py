@@ -11,7 +11,7 @@ import numpy as np
 from moiety.data.containers import check_keys
 from moiety.data.structure import Array, Structure
 from moiety.data.unit_names import factor
-from moiety.data.validate import Noted, Rejected
+from moiety.data.validate import Rejected
 from moiety.errors import InputError
 from moiety.models.conversion_moiety import element_numbers, virtual_cb
 from moiety.models.vocabulary_moiety import RESIDUE_ID, ROLE_ID
@@ -80,8 +80,6 @@ class FieldReader:
         """
         if isinstance(record, Rejected):
             raise record
-        if isinstance(record, Noted):
-            record = record.structure
         if isinstance(record, Structure):
             return record
         fields = self._geometry(record)
@@ -251,7 +249,7 @@ def _residues(record: Any, names: Mapping[str, str]) -> dict[str, Any]:
     if not whole.any():
         raise Rejected("no-usable-residues", "no residue has its whole backbone")
     n, ca, c, o = (backbone[whole, atom] for atom in range(4))
-    letters = [letter for letter, kept in zip(sequence, whole.tolist(), strict=True) if kept]
+    letters = [sequence[place] for place in np.flatnonzero(whole)]
     return {
         "node_type": np.array([RESIDUE_ID[LETTERS.get(letter, "UNK")] for letter in letters]),
         "positions": ca,

@@ -32,7 +32,7 @@ from typing import Any
 from moiety.data import archives
 from moiety.errors import InputError
 
-Found = tuple[str, Any]  # the key, and a record (a dict), a Noted structure of a file, or a Rejected
+Found = tuple[str, Any]  # the key, and a record (a dict), the Structure of a file, or a Rejected
 
 
 @dataclass(frozen=True)

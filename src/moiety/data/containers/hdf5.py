@@ -86,7 +86,7 @@ def _mesh(path: Path, root: Any, options: Mapping[str, Any]) -> Iterator[tuple[s
             raise InputError(f"{path}: holds no data set {name}; it has {', '.join(sorted(arrays)[:12])}")
     axes = [np.asarray(_read(path, arrays[name], ()))[::stride] for name in options["axes"]]
     points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
-    xyz = np.pad(points, ((0, 0), (0, 3 - len(axes))))  # a mesh of two axes lies in the plane z = 0
+    xyz = np.hstack([points, np.zeros((len(points), 3 - len(axes)))])  # a mesh of two axes lies in the plane z = 0
     first = arrays[options["fields"][0]]
     for sample in range(first.shape[0]):
         for time in range(0, first.shape[1], options.get("every", 1)):
