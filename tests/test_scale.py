@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moiety.data.build import build
+from moiety.cli import main
+from moiety.data.build import build, list_recipes
 from moiety.data.engines import WorkerDied
 from moiety.data.parts import write_part
 from moiety.data.shards import Corpus, verify, write_corpus, write_manifest
@@ -71,6 +72,13 @@ def hashes(folder: Path) -> dict[str, str]:
     """File -> sha256 of everything but the manifest."""
     files = [path for path in folder.iterdir() if path.name != "manifest.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def run(words: list[str]) -> int:
+    try:
+        return main(words)
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def is_running(pid: str) -> bool:
@@ -210,3 +218,24 @@ def test_reading_holds_nothing_that_grows_with_the_corpus():
     assert (small["structures"], large["structures"]) == (10_000, 200_000)
     assert large["read_mb"] - small["read_mb"] < 10  # a byte a structure and column would be more
     assert large["open_mb"] < 10
+
+
+def test_a_collection_builds_what_changed_and_show_prints_one_table(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("moiety.data.build.recipes_dir", lambda: tmp_path)
+    (tmp_path / "both.yaml").write_text("name: both\ntitle: Two corpora\ncorpora: [made-up, other]\n")
+    (tmp_path / "other.yaml").write_text(recipe.read_text().replace("name: made-up", "name: other"))
+    (tmp_path / "other.py").write_text(MODULE)
+    command = ["data", "build", "both", "--profile", "full", "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert run([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result["corpora"]) == ["made-up", "other"]
+    assert [recipe.name for recipe in list_recipes()] == ["made-up", "other"]
+    (tmp_path / "other.py").write_text(MODULE.replace("number % 4", "number % 5"))
+    assert run(command) == 0
+    told = capsys.readouterr().err
+    assert "made-up: " in told and "kept" in told and "other: building" in told
+    assert run(["data", "show", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert "train 31, val 8" in table and "CC0-1.0" in table and "molecule" in table
