@@ -44,6 +44,7 @@ def read_pdb(text: str, all_atom: bool) -> Iterator[Noted | Rejected]:
     yield from_gemmi(quietly(lambda: gemmi.read_pdb_string(first)), all_atom, num_models)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # coordinates that are NaN or absurd have a verdict afterwards
 def from_gemmi(found: gemmi.Structure, all_atom: bool, num_models: int = 0) -> Noted:
     """The first model as a Structure: complete amino acids as residue nodes, everything else but water as atoms."""
     import gemmi
