@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ import torch
 from torch_geometric.data import Data
 
 import moiety.data.unpickle as unpickle
+from moiety.data import declared
+from moiety.data.build import load_recipe
 from moiety.data.containers import records
+from moiety.data.download import Archive
+from moiety.data.structure import Structure
 from moiety.errors import InputError
 
 
@@ -70,6 +75,20 @@ def test_slabs_come_back_as_they_were_pickled(tmp_path: Path):
         np.testing.assert_array_equal(got["atomic_numbers"], item.atomic_numbers.numpy())
         assert got["cell"].shape == (1, 3, 3) and got["tags"].dtype == np.int64
         assert got["sid"] == 1000 + index and got["y_relaxed"] == pytest.approx(-1.5 * index)
+
+
+def test_the_recipe_of_oc20_keeps_adsorption_energies_apart_from_energies(tmp_path: Path):
+    lmdb_of(tmp_path / "data.lmdb", [pickle.dumps(slab(index)) for index in range(20)])
+    with tarfile.open(tmp_path / "is2re.tar.gz", "w:gz") as tar:
+        for split in ("train", "val_id", "test_id"):
+            tar.add(tmp_path / "data.lmdb", f"is2res/data/is2re/all/{split}/data.lmdb")
+    recipe = load_recipe("oc20_is2re")
+    path = tmp_path / "is2re.tar.gz"
+    archives = {path.name: Archive(path, recipe.sources[0], "1", "")}
+    found = [item for item in declared.structures(recipe, archives, {}, path.name) if isinstance(item, Structure)]
+    assert [item.groups["split"] for item in found] == ["train"] * 20 + ["val"] * 20
+    assert found[0].energy is None and found[0].cell.shape == (3, 3) and found[0].pbc.all()
+    assert {item.scalars["y_relaxed"] for item in found} == {-1.5 * index for index in range(20)}
 
 
 def test_arrays_and_views_come_back(tmp_path: Path):

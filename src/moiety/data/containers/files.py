@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moiety.data.validate import Noted, Rejected
+from moiety.data.structure import Structure
+from moiety.data.validate import Rejected
 
 
-def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, Noted | Rejected]]:
+def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, Structure | Rejected]]:
     """Streams the structures of a file; the key is the number of the structure, from 0."""
     from moiety.data.readers import items
 
