@@ -146,8 +146,8 @@ def _serve(connection: Connection, work: Work[Any]) -> None:
 def _run_on_ray(work: Work[Result], names: Sequence[str], workers: int | None, progress: Progress) -> list[Result]:
     """One task a part. Joins the cluster of RAY_ADDRESS, else starts one here; the folder of the build is shared."""
     try:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("--engine ray needs Ray: pip install 'moiety[ray]'") from None
     started = not ray.is_initialized()

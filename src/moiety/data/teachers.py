@@ -72,7 +72,7 @@ class SevenNet0:
     @cached_property
     def _calculator(self) -> Any:
         import torch
-        from sevenn.calculator import SevenNetCalculator
+        from sevenn.calculator import SevenNetCalculator  # pyright: ignore[reportMissingImports]
 
         with warnings.catch_warnings(), torch.serialization.safe_globals(_arrays_only()), _forced_weights_only():
             warnings.simplefilter("ignore")  # accelerators that are not installed
@@ -108,7 +108,7 @@ class GFN2xTB:
 
     def label(self, structure: Structure) -> Labels:
         from ase.units import Bohr, Hartree
-        from tblite.interface import Calculator
+        from tblite.interface import Calculator  # pyright: ignore[reportMissingImports]
 
         calculator = Calculator(
             "GFN2-xTB",
