@@ -19,21 +19,16 @@ import numpy as np
 
 from moiety.data.download import Archive
 from moiety.data.readers.macromolecule import from_gemmi
+from moiety.data.residues import node_types, one_letter
 from moiety.data.sequence_clusters import cluster
 from moiety.data.splits import select, shuffled, split_of
 from moiety.data.structure import Array, Structure
 from moiety.data.validate import Rejected
 from moiety.errors import InputError
 from moiety.models.conversion_moiety import virtual_cb
-from moiety.models.vocabulary_moiety import FIRST_RESIDUE, RESIDUE_ID, ROLE_ID
+from moiety.models.vocabulary_moiety import ROLE_ID
 
 MIN_RESIDUES, MAX_RESIDUES = 40, 256
-NAMES = {  # one-letter code -> residue; whatever else a sequence holds is UNK
-    "A": "ALA", "R": "ARG", "N": "ASN", "D": "ASP", "C": "CYS", "Q": "GLN", "E": "GLU", "G": "GLY", "H": "HIS",
-    "I": "ILE", "L": "LEU", "K": "LYS", "M": "MET", "F": "PHE", "P": "PRO", "S": "SER", "T": "THR", "W": "TRP",
-    "Y": "TYR", "V": "VAL", "U": "SEC", "O": "PYL",
-}  # fmt: skip
-LETTERS = {RESIDUE_ID[name]: letter for letter, name in NAMES.items()}
 DATABASE = "usr/share/promod3/loop_data/structure_db.dat"
 HEADER_BYTES = 0x4D
 RESOLUTION = 0.01  # Å, of a stored coordinate
@@ -52,7 +47,7 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
     else:
         chains = list(_distinct(chain for archive in archives.values() for chain in _chains_of(archive)))
     chains = [chains[index] for index in shuffled((chain.id for chain in chains), salt="proteins")]
-    clusters = cluster([_sequence(chain) for chain in chains])
+    clusters = cluster([one_letter(chain.node_type) for chain in chains])
     representative = _representatives(chains, clusters)
     splits = [split_of(representative[label], salt="proteins") for label in clusters]
     for index in select(splits, options):
@@ -105,7 +100,7 @@ def _chain(identity: str, name: str, letters: str, backbone: Array, numbers: Arr
     n, ca, c, o = (backbone[:, atom] for atom in range(4))
     size = len(letters)
     return Structure(
-        node_type=np.array([RESIDUE_ID[NAMES.get(letter, "UNK")] for letter in letters]),
+        node_type=node_types(letters),
         positions=ca,
         domain="protein",
         id=identity,
@@ -159,14 +154,9 @@ def _distinct(chains: Iterator[Structure]) -> Iterator[Structure]:
     """The first chain of every sequence."""
     seen = set()
     for chain in chains:
-        if (sequence := _sequence(chain)) not in seen:
+        if (sequence := one_letter(chain.node_type)) not in seen:
             seen.add(sequence)
             yield chain
-
-
-def _sequence(chain: Structure) -> str:
-    assert (chain.node_type >= FIRST_RESIDUE).all()
-    return "".join(LETTERS.get(kind, "X") for kind in chain.node_type.tolist())
 
 
 def _representatives(chains: list[Structure], clusters: Array) -> dict[int, str]:

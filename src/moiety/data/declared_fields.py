@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from moiety.data.containers import check_keys
+from moiety.data.residues import node_types
 from moiety.data.structure import Array, Structure
 from moiety.data.unit_names import factor
 from moiety.data.validate import Rejected
 from moiety.errors import InputError
 from moiety.models.conversion_moiety import element_numbers, virtual_cb
-from moiety.models.vocabulary_moiety import RESIDUE_ID, ROLE_ID
+from moiety.models.vocabulary_moiety import ROLE_ID
 
 FIELDS = {  # field -> unit it is stored in; "" has none
     "node_type": "", "positions": "Å", "cell": "Å", "pbc": "", "charge": "", "spin": "", "energy": "eV",
@@ -27,11 +28,6 @@ VOIGT = {"xx": (0, 0), "yy": (1, 1), "zz": (2, 2), "yz": (1, 2), "xz": (0, 2), "
 FORMATS = ("pymatgen", "jarvis")
 RESIDUES = ("sequence", "coords")
 BACKBONE = ("N", "CA", "C", "O")
-LETTERS = {
-    "A": "ALA", "R": "ARG", "N": "ASN", "D": "ASP", "C": "CYS", "Q": "GLN", "E": "GLU", "G": "GLY", "H": "HIS",
-    "I": "ILE", "L": "LEU", "K": "LYS", "M": "MET", "F": "PHE", "P": "PRO", "S": "SER", "T": "THR", "W": "TRP",
-    "Y": "TYR", "V": "VAL", "U": "SEC", "O": "PYL",
-}  # fmt: skip
 
 
 class Absent(Exception):
@@ -251,7 +247,7 @@ def _residues(record: Any, names: Mapping[str, str]) -> dict[str, Any]:
     n, ca, c, o = (backbone[whole, atom] for atom in range(4))
     letters = [sequence[place] for place in np.flatnonzero(whole)]
     return {
-        "node_type": np.array([RESIDUE_ID[LETTERS.get(letter, "UNK")] for letter in letters]),
+        "node_type": node_types(letters),
         "positions": ca,
         "node_vectors": np.stack([n - ca, c - ca, o - ca, virtual_cb(n, ca, c) - ca], axis=1),
         "role": np.full(len(letters), ROLE_ID["protein"]),

@@ -37,11 +37,11 @@ def cluster(sequences: Sequence[str]) -> Array:
         sequences: one-letter codes, 13,867 chains of 40 to 256 residues take about ten seconds.
     """
     length = max((len(sequence) for sequence in sequences), default=0)
-    codes = _codes(sequences, length)
-    first, second, diagonal = _candidates(codes, length)
+    codes = codes_of(sequences, length)
+    first, second, diagonal = candidates(codes, length)
     num_residues = max(sum(map(len, sequences)), 2)
     threshold = math.log(K * num_residues**2 / 2 / E_VALUE) / LAMBDA
-    linked = _best_scores(codes, first, second, diagonal) >= threshold
+    linked = best_scores(codes, first, second, diagonal) >= threshold
     size = len(sequences)
     links = coo_array((np.ones(linked.sum(), bool), (first[linked], second[linked])), shape=(size, size))
     labels = connected_components(links, directed=False)[1]
@@ -49,7 +49,7 @@ def cluster(sequences: Sequence[str]) -> Array:
     return np.argsort(np.argsort(first_seen))[inverse]
 
 
-def _codes(sequences: Sequence[str], length: int) -> Array:
+def codes_of(sequences: Sequence[str], length: int) -> Array:
     """[S, L] uint8 letter of each residue, OTHER beyond the end."""
     table = np.full(256, OTHER, np.uint8)
     table[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(len(LETTERS))
@@ -59,7 +59,7 @@ def _codes(sequences: Sequence[str], length: int) -> Array:
     return codes
 
 
-def _candidates(codes: Array, length: int) -> tuple[Array, Array, Array]:
+def candidates(codes: Array, length: int) -> tuple[Array, Array, Array]:
     """Pairs of sequences a < b and diagonals (place in b minus place in a) with two or more common words: [P] each."""
     windows = np.lib.stride_tricks.sliding_window_view(codes, WORD, axis=1)
     sequence_W, place_W = np.nonzero((windows != OTHER).all(axis=-1))
@@ -81,13 +81,13 @@ def _candidates(codes: Array, length: int) -> tuple[Array, Array, Array]:
     return first, second, diagonal - length
 
 
-def _best_scores(codes: Array, first: Array, second: Array, diagonal: Array) -> Array:
+def best_scores(codes: Array, first: Array, second: Array, diagonal: Array) -> Array:
     """[P] score of the best ungapped local alignment on each diagonal (Kadane's scan, all candidates at once)."""
     num, length = codes.shape
     padded = np.full((3 * length, num), OTHER, np.uint8)  # a row is one place of all sequences: it stays in the cache
     padded[length : 2 * length] = codes.T
     flat = padded.reshape(-1)
-    scores = _score_table()
+    scores = score_table()
     best = np.zeros(len(first), np.int16)
     for start in range(0, len(first), BLOCK):
         block = slice(start, start + BLOCK)
@@ -101,7 +101,7 @@ def _best_scores(codes: Array, first: Array, second: Array, diagonal: Array) -> 
     return best
 
 
-def _score_table() -> Array:
+def score_table() -> Array:
     """[21 * 21] int16, BLOSUM62 by pairs of codes; OUTSIDE where either is OTHER."""
     matrix = SubstitutionMatrix.std_protein_matrix()
     order = ProteinSequence(LETTERS).code

@@ -1,21 +1,17 @@
-"""Are two crystals one? Cells are reduced and mapped by pymatgen; and the prototype both may be built on."""
+"""Are two crystals one? Cells are reduced and mapped by pymatgen."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
 import spglib
-from pymatgen.analysis.prototypes import get_protostructure_label_from_spg_analyzer
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Structure as Crystal
-from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from moiety.data.leak.fingerprint import lattice
 from moiety.data.structure import Structure
 
-SYMMETRY_TOLERANCE = 0.01  # Å, as in the recipe of the crystals
 MAX_SITES = 400  # of a cell that is matched
 
 
@@ -51,21 +47,6 @@ def matched_rms(first: list[Crystal], second: list[Crystal]) -> float | None:
         if found is not None:
             return float(found[0] * np.cbrt((a.volume + b.volume) / 2 / len(a)))
     return None
-
-
-def prototype(structure: Structure) -> str:
-    """AFLOW-style label of the symmetry (prototype, Pearson symbol, space group, Wyckoff letters), without elements.
-
-    "" where the symmetry is too blurred to be told at SYMMETRY_TOLERANCE.
-    """
-    crystal = _crystal(structure)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pymatgen: its own deprecations, and that argon has no electronegativity
-        try:
-            analyzer = SpacegroupAnalyzer(crystal, SYMMETRY_TOLERANCE)
-            return get_protostructure_label_from_spg_analyzer(analyzer, raise_errors=True).split(":")[0]
-        except ValueError:  # pymatgen: spglib found none, or sites that are not a whole number of its orbits
-            return ""
 
 
 def _crystal(structure: Structure) -> Crystal:

@@ -14,17 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from moiety.data import sequence_clusters as engine
+from moiety.data.residues import one_letter
 from moiety.data.structure import Array, Structure
-from moiety.models.vocabulary_moiety import FIRST_RESIDUE, RESIDUES
 
 CLOSE, CLOSE_COVERAGE = 0.9, 0.8  # identity and coverage of chains that are almost one
 DISTANT = 0.3  # identity of chains that are related
-LETTER_OF = {
-    "ALA": "A", "ARG": "R", "ASN": "N", "ASP": "D", "CYS": "C", "GLN": "Q", "GLU": "E", "GLY": "G", "HIS": "H",
-    "ILE": "I", "LEU": "L", "LYS": "K", "MET": "M", "PHE": "F", "PRO": "P", "SER": "S", "THR": "T", "TRP": "W",
-    "TYR": "Y", "VAL": "V",
-}  # fmt: skip
-LETTERS = np.array([LETTER_OF.get(name, "X") for name in RESIDUES])
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Relative:
 
 def sequence(structure: Structure) -> str:
     """One-letter codes of the whole residues of a structure, in order; X for what is no standard residue."""
-    return "".join(LETTERS[structure.node_type[structure.is_residue] - FIRST_RESIDUE])
+    return one_letter(structure.node_type[structure.is_residue])
 
 
 def relatives(first: Sequence[str], second: Sequence[str]) -> list[Relative]:
@@ -51,16 +45,16 @@ def relatives(first: Sequence[str], second: Sequence[str]) -> list[Relative]:
     length = max(map(len, sequences), default=0)
     if not first or not second or length < engine.WORD:
         return []
-    codes = engine._codes(sequences, length)
-    a, b, diagonal = engine._candidates(codes, length)
+    codes = engine.codes_of(sequences, length)
+    a, b, diagonal = engine.candidates(codes, length)
     across = (a < num_first) & (b >= num_first)
     a, b, diagonal = a[across], b[across], diagonal[across]
-    scores = engine._best_scores(codes, a, b, diagonal)
+    scores = engine.best_scores(codes, a, b, diagonal)
     space = max(sum(map(len, first)), 1) * max(sum(map(len, second)), 1)
     threshold = math.log(max(engine.K * space / engine.E_VALUE, 1.0)) / engine.LAMBDA
     linked = scores >= threshold
     best: dict[tuple[int, int], Relative] = {}
-    table = engine._score_table().reshape(engine.OTHER + 1, engine.OTHER + 1)
+    table = engine.score_table().reshape(engine.OTHER + 1, engine.OTHER + 1)
     for i, j, shift, score in zip(a[linked], b[linked], diagonal[linked], scores[linked], strict=True):
         pair = (int(i), int(j) - num_first)
         if pair not in best or score > best[pair].score:

@@ -11,6 +11,7 @@ import numpy as np
 
 from moiety.data.leak import crystals, molecules, proteins
 from moiety.data.leak.fingerprint import composition, fingerprint, within
+from moiety.data.prototypes import prototype
 from moiety.data.structure import Structure
 
 TOLERANCE = 0.05  # Å, root mean square deviation of a near duplicate
@@ -221,7 +222,7 @@ def _same_sequence(train: Sequence[Structure], test: Sequence[Structure], found:
 
 def _prototypes(structures: Sequence[Structure]) -> list[str]:
     periodic = [s for s in structures if s.periodic and s.domain == "crystal"]
-    return [structure.groups.get("prototype") or crystals.prototype(structure) for structure in periodic]
+    return [structure.groups.get("prototype") or prototype(structure) for structure in periodic]
 
 
 def _shared(train: list[str], test: list[str]) -> dict[str, int]:
