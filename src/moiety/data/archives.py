@@ -195,22 +195,38 @@ def _deb_members(path: Path, patterns: Sequence[str], limits: Limits) -> Iterato
             process.kill()  # the rest of a package is not worth decompressing
 
 
+def decompressed_member(stream: Any, name: str, limits: Limits = DEFAULT) -> IO[bytes]:
+    """A member that is itself compressed (.gz, .bz2, .xz, .zst), decompressed under the limits; another as it is."""
+    if not name.endswith(COMPRESSED):
+        return stream
+    packed: Guarded = stream.raw  # counts what the archive gave
+    inside = _opened(stream, Path(name))
+    return io.BufferedReader(
+        Guarded(inside, f"member {name}", limits.member_bytes, limits.ratio, lambda: packed.count), STREAM_BLOCK
+    )
+
+
 @contextmanager
 def _decompressed(path: Path, limits: Limits) -> Iterator[IO[bytes]]:
     with path.open("rb") as packed:
-        stream: Any = packed
-        if path.suffix in (".gz", ".tgz"):
-            stream = gzip.GzipFile(fileobj=packed)
-        elif path.suffix in (".bz2", ".tbz2"):
-            stream = bz2.BZ2File(packed)
-        elif path.suffix in (".xz", ".txz"):
-            stream = lzma.LZMAFile(packed)  # noqa: SIM115 - the file under it is closed
-        elif path.suffix == ".zst":
-            import zstandard
-
-            stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
+        stream = _opened(packed, path)
         tell = None if stream is packed else packed.tell
         yield io.BufferedReader(Guarded(stream, str(path), limits.total_bytes, limits.ratio, tell), STREAM_BLOCK)
+
+
+def _opened(packed: Any, path: Path) -> Any:
+    """The stream behind one that is compressed as the name says."""
+    if path.suffix in (".gz", ".tgz"):
+        return gzip.GzipFile(fileobj=packed)
+    if path.suffix in (".bz2", ".tbz2"):
+        return bz2.BZ2File(packed)
+    if path.suffix in (".xz", ".txz"):
+        return lzma.LZMAFile(packed)
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(packed)
+    return packed
 
 
 def _wanted(path: Path, name: str, patterns: Sequence[str], plain: bool) -> bool:

@@ -13,6 +13,7 @@ a file that cannot be read an InputError.
 | ase_sqlite, sqlite | sqlite3 | ASE's rows; any table, blobs as arrays of a named dtype |
 | json, jsonl | ijson, json | streams of items, also compressed |
 | parquet, csv, fasta, msgpack | pyarrow, csv, biotite, msgpack | rows; GEOM's molecules and conformers |
+| lines, sdf | -, RDKit | tables and lists without a header; one SDF of any length |
 | qm9_xyz | - | QM9's own .xyz |
 | files | moiety.data.readers | structure files |
 | pickled | a restricted process | LMDBs of pickled PyTorch Geometric objects |
@@ -62,10 +63,12 @@ KINDS = {
     "jsonl": Kind("jsonl", ()),
     "parquet": Kind("parquet", ("columns",), ("columns",), True),
     "csv": Kind("csv_rows", ("delimiter",)),
+    "lines": Kind("lines", ("columns", "delimiter", "comment"), ("columns",)),
     "fasta": Kind("fasta", ()),
     "msgpack": Kind("msgpack_stream", ("conformers", "most")),
     "qm9_xyz": Kind("qm9_xyz", ()),
     "files": Kind("files", ("all_atom",), (), True),
+    "sdf": Kind("sdf_stream", ()),
     "pickled": Kind("pickled", (), (), True),
 }  # fmt: skip
 
@@ -116,6 +119,8 @@ def records(
     read = importlib.import_module(f"{__name__}.{kind.module}").records
     if archives.is_archive(path):
         for name, stream in archives.members(path, member, limits):
+            if container != "files":  # whose readers decompress, and find the format in the whole name
+                stream = archives.decompressed_member(stream, name, limits)
             for key, record in _from_stream(read, kind, stream, name, options or {}):
                 yield f"{name}/{key}", record
     elif kind.from_disk and (container == "files" or path.suffix not in archives.COMPRESSED):
