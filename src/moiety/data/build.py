@@ -61,7 +61,8 @@ class Recipe:
     theory: str = ""  # level of theory of the labels
     reader: Mapping[str, Any] = field(default_factory=dict)  # container and fields; instead of a module
     traps: tuple[str, ...] = ()  # what goes wrong with this corpus elsewhere
-    unconfirmed: tuple[str, ...] = ()  # details that could not be checked against the corpus itself
+    checked: Mapping[str, str] = field(default_factory=dict)  # what agrees with a public source -> the source
+    unconfirmed: tuple[str, ...] = ()  # details that could not be checked against the corpus or such a source
     path: Path = Path()
 
     def parts(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[Any]:
@@ -104,9 +105,13 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """A hash of the YAML and of the reader: the same recipe makes the same corpus."""
-        module = self.path.with_suffix(".py")
-        content = self.path.read_bytes() + (b"" if self.reader else module.read_bytes())
-        return hashlib.sha256(content).hexdigest()
+        if self.reader:
+            from moiety.data import declared
+
+            reader = declared.code()
+        else:
+            reader = self.path.with_suffix(".py").read_bytes()
+        return hashlib.sha256(self.path.read_bytes() + reader).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ FIELDS = {  # field -> unit it is stored in; "" has none
     "node_tensors": "", "text": "", "groups": "",
 }  # fmt: skip
 NAMED = ("scalars", "node_scalars", "tensors", "node_tensors", "groups")  # name -> field
-FIELD = ("from", "constant", "unit", "factor", "optional", "voigt", "symbols", "count")
+FIELD = ("from", "constant", "unit", "factor", "optional", "voigt", "symbols", "smiles", "count")
 VOIGT = {"xx": (0, 0), "yy": (1, 1), "zz": (2, 2), "yz": (1, 2), "xz": (0, 2), "xy": (0, 1)}
 FORMATS = ("pymatgen", "jarvis")
 RESIDUES = ("sequence", "coords")
@@ -67,8 +67,12 @@ class FieldReader:
         """The name of a record within its file."""
         return str(value_at(record, self.reader["key"]["from"])) if "key" in self.reader else key
 
-    def structure(self, record: Any) -> Structure:
+    def structure(self, record: Any, view: Any) -> Structure:
         """A record as a Structure.
+
+        Args:
+            record: what the container gave; the Structure of a file keeps its geometry and gets the fields on top.
+            view: what the paths of fields lead into: the record itself, or with the row that was joined to it.
 
         Raises:
             Absent: a field that is needed is not there.
@@ -76,14 +80,14 @@ class FieldReader:
         """
         if isinstance(record, Rejected):
             raise record
-        if isinstance(record, Structure):
-            return record
-        fields = self._geometry(record)
-        fields |= {name: self._value(name, self.fields[name], record) for name in FIELDS if self._is_plain(name)}
+        fields = {} if isinstance(record, Structure) else self._geometry(view)
+        fields |= {name: self._value(name, self.fields[name], view) for name in FIELDS if self._is_plain(name)}
         for name in NAMED:
-            fields[name] = self._named(name, record)
-        fields["text"] = [str(value_at(record, path)) for path in self.fields.get("text", ())]
-        return _made(fields)
+            fields[name] = self._named(name, view)
+        fields["text"] = [str(value_at(view, path)) for path in self.fields.get("text", ())]
+        if not isinstance(record, Structure):
+            return _made(fields)
+        return _labelled(record, fields)
 
     def _is_plain(self, name: str) -> bool:
         return name in self.fields and name not in NAMED and name != "text"
@@ -99,7 +103,7 @@ class FieldReader:
     def _value(self, name: str, spec: Mapping[str, Any], record: Any) -> Any:
         try:
             value = spec["constant"] if "constant" in spec else value_at(record, spec["from"])
-            if value is None:
+            if value is None or (isinstance(value, str) and not value.strip()):
                 raise Absent(f"{spec['from']} is empty")
         except Absent:
             if spec.get("optional"):
@@ -107,11 +111,15 @@ class FieldReader:
             raise
         if spec.get("symbols"):
             return _elements(value)
+        if spec.get("smiles"):
+            return _formal_charge(value)
         if name in ("groups", "text") or name.startswith("groups."):
             return value
         try:
             values = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError):
+            if spec.get("optional"):
+                return None  # JARVIS writes na
             raise Rejected("bad-label", f"{name} should be numbers, it is {str(value)[:40]!r}") from None
         if spec.get("optional") and not np.isfinite(values).all():
             return None
@@ -160,6 +168,32 @@ def _made(fields: dict[str, Any]) -> Structure:
     try:
         fields["node_type"] = _whole(np.asarray(fields["node_type"]).reshape(-1), "node_type")
         fields["positions"] = np.asarray(fields["positions"], dtype=np.float64).reshape(-1, 3)
+    except ValueError as error:
+        raise Rejected("wrong-shape", str(error)) from None
+    _shape(fields)
+    if fields.get("pbc") is not None:
+        fields["pbc"] = np.broadcast_to(np.asarray(fields["pbc"]).astype(bool).reshape(-1), (3,)).copy()
+        if not fields["pbc"].any():
+            fields["pbc"] = fields["cell"] = None
+    return Structure(**fields)
+
+
+def _labelled(structure: Structure, fields: dict[str, Any]) -> Structure:
+    """The Structure of a file with labels from elsewhere; what it has itself stays where there are none."""
+    _shape(fields)
+    for name, value in fields.items():
+        if name in NAMED:
+            getattr(structure, name).update(value)
+        elif name == "text":
+            structure.text = structure.text + value
+        elif value is not None:
+            setattr(structure, name, value)
+    return structure
+
+
+def _shape(fields: dict[str, Any]) -> None:
+    """Gives labels their shapes, in place; charge and spin that are not known are left to their defaults."""
+    try:
         if fields.get("energy") is not None:
             fields["energy"] = _number(fields["energy"])
         for name, shape in (("cell", (3, 3)), ("stress", (3, 3)), ("dipole", (3,)), ("forces", (-1, 3))):
@@ -167,16 +201,11 @@ def _made(fields: dict[str, Any]) -> Structure:
                 fields[name] = np.asarray(fields[name], dtype=np.float64).reshape(shape)
     except ValueError as error:
         raise Rejected("wrong-shape", str(error)) from None
-    if fields.get("pbc") is not None:
-        fields["pbc"] = np.broadcast_to(np.asarray(fields["pbc"]).astype(bool).reshape(-1), (3,)).copy()
-        if not fields["pbc"].any():
-            fields["pbc"] = fields["cell"] = None
     for name in ("charge", "spin"):
         if fields.get(name) is None:
             fields.pop(name, None)
         else:
             fields[name] = int(_whole(np.asarray(fields[name]), name))
-    return Structure(**fields)
 
 
 def _whole(values: Array, name: str) -> Array:
@@ -209,6 +238,18 @@ def _elements(symbols: Any) -> Array:
     if np.any(numbers == 0):
         raise Rejected("unknown-element", f"{symbols[int(np.flatnonzero(numbers == 0)[0])]!r} is no element")
     return numbers
+
+
+def _formal_charge(smiles: Any) -> int:
+    """The sum of the formal charges in a SMILES; HDF5 keeps one as an array of one."""
+    from rdkit import Chem, rdBase
+
+    text = np.asarray(smiles).reshape(-1)[0]
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(text.decode() if isinstance(text, bytes) else str(text), sanitize=False)
+    if molecule is None:
+        raise Rejected("bad-label", f"{text!r} is no SMILES")
+    return sum(atom.GetFormalCharge() for atom in molecule.GetAtoms())
 
 
 def _pymatgen(found: Mapping[str, Any]) -> dict[str, Any]:

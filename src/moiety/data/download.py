@@ -67,11 +67,12 @@ class Archive:
     source: Source
     version: str  # what was fetched: for Debian it may be newer than the recipe's
     sha256: str
+    name: str = ""  # its path in the user's folder
 
     @property
     def key(self) -> str:
-        """What recipes call it by: the package; the file's name for one that comes from a URL."""
-        return self.path.name if self.source.registry == "url" else self.source.package
+        """What recipes call it by: the package; for one that comes from a URL its name, with folders if it has any."""
+        return self.name or self.path.name if self.source.registry == "url" else self.source.package
 
     @property
     def label(self) -> str:
@@ -128,9 +129,11 @@ def obtain(source: Source, given: Path | None = None) -> list[Archive]:
     Raises:
         InputError: a file that is not the expected one; a gated source that is not in `given`; whatever `fetch` raises.
     """
-    own = sorted(given.glob(source.file)) if given is not None and source.file else []
-    if own:
-        return [Archive(path, source, source.version, _check(path, source)) for path in own]
+    if given is not None and source.file and (own := sorted(given.glob(source.file))):
+        return [
+            Archive(path, source, source.version, _check(path, source), path.relative_to(given).as_posix())
+            for path in own
+        ]
     if source.gate:
         raise InputError(f"{source.file}: gated: {source.gate}; fetch it yourself and give its folder with --from DIR")
     return [fetch(source)]

@@ -38,6 +38,7 @@ class PartResult:
     num_in: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)  # by code
+    noted: Counter[str] = field(default_factory=Counter)  # structures that are ok under another code than "ok"
     domains: Counter[str] = field(default_factory=Counter)
     num_nodes: int = 0
     num_edges: int = 0
@@ -110,6 +111,8 @@ class _PartWriter:
                 else:
                     self.seen.add(structure.id)
                     self.result.domains[structure.domain] += 1
+                    if isinstance(item, Verdict) and item.code != "ok":
+                        self.result.noted[item.code] += 1
                     yield structure
 
     def _reject(self, rejected: Any, identity: str, code: str, reason: str) -> None:
@@ -140,6 +143,7 @@ def merge(results: Sequence[PartResult], folder: Path) -> dict[str, Any]:
     """
     _take_out_repeated(results, folder)
     rejected: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
     domains: Counter[str] = Counter()
     splits: Counter[str] = Counter()
     with (folder / REJECTED).open("wb") as joined:
@@ -148,6 +152,7 @@ def merge(results: Sequence[PartResult], folder: Path) -> dict[str, Any]:
             joined.write(path.read_bytes())
             path.unlink()
             rejected.update(result.rejected)
+            noted.update(result.noted)
             domains.update(result.domains)
     shards = sorted(
         (
@@ -163,6 +168,7 @@ def merge(results: Sequence[PartResult], folder: Path) -> dict[str, Any]:
         "in": sum(result.num_in for result in results),
         "ok": splits.total(),
         "rejected": dict(sorted(rejected.items())),
+        **({"noted": dict(sorted(noted.items()))} if noted else {}),  # as read: repeated ids are not taken off
     }
     assert counts["in"] == counts["ok"] + rejected.total()
     return {

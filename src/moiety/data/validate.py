@@ -63,6 +63,7 @@ REMEDIES = {  # reason code -> what the user can do
     "bad-label": "remove the label or the structure",
     "unknown-domain": f"use one of {', '.join(DOMAIN_ID)}",
     "missing-field": "the record lacks what the recipe names: correct the recipe, or mark the field optional",
+    "not-in-split": "none: the recipe keeps what its lists of train, val and test name; or split by another rule",
     "duplicate-id": "make ids unique within the source",
 }
 
