@@ -37,8 +37,9 @@ def main() -> int:
     rng = torch.Generator().manual_seed(0)
 
     corpus = Corpus.open(args.corpus, split="train")
-    order = np.argsort(corpus.num_nodes[:4096], kind="stable")  # structures of like size stand together in training too
-    num = int(config.data.node_budget / corpus.num_nodes.mean())
+    sizes = np.asarray(corpus.num_nodes)[:4096]
+    order = np.argsort(sizes, kind="stable")  # structures of like size stand together in training too
+    num = int(config.data.node_budget * len(corpus) / corpus.num_nodes.sum())
     seconds = []
     for step in range(args.steps):
         indices = order[(step * num) % (len(order) - num) :][:num]

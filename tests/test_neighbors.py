@@ -60,7 +60,7 @@ def test_stored_edge_counts_are_those_of_the_model() -> None:
     for name in ("qm9", "crystals", "proteins"):
         corpus = Corpus.open(CORPORA / name, split="train")
         counts = [len(d) for d in lengths(corpus.read(range(10)))]
-        assert counts == corpus.num_edges[:10].tolist()
+        assert counts == corpus.num_edges[np.arange(10)].tolist()
 
 
 def test_a_vast_or_infinite_structure_is_refused() -> None:

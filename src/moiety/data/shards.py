@@ -149,14 +149,14 @@ class Corpus:
         return out
 
     @cached_property
-    def num_nodes(self) -> Array:
+    def num_nodes(self) -> Counts:
         """[n] int32, nodes of each structure."""
-        return np.concatenate([shard.column("num_nodes") for shard in self._shards])
+        return Counts([shard.column("num_nodes") for shard in self._shards])
 
     @cached_property
-    def num_edges(self) -> Array:
+    def num_edges(self) -> Counts:
         """[n] int32, directed neighbour pairs of each structure at the manifest's cutoff."""
-        return np.concatenate([shard.column("num_edges") for shard in self._shards])
+        return Counts([shard.column("num_edges") for shard in self._shards])
 
     @property
     def domain(self) -> str:
@@ -193,6 +193,36 @@ class Corpus:
         """One hash of what is read here: every shard's sha256, and the split."""
         parts = [entry["sha256"] for entry in self.manifest["shards"]] + [self.split or ""]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Counts:
+    """[n] int32, a number of each structure, read where it lies in the mapped shards: what is asked for is copied."""
+
+    def __init__(self, of_shards: list[Array]) -> None:
+        self._of_shards = of_shards
+        self._starts = np.cumsum([0, *(len(numbers) for numbers in of_shards)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, indices: Array) -> Array:
+        """[len(indices)] the numbers of some structures, whose indices count from 0."""
+        order = np.argsort(indices, kind="stable")
+        stops = np.searchsorted(indices, self._starts, sorter=order)
+        out = np.empty(len(indices), dtype=np.int32)
+        for shard in np.flatnonzero(np.diff(stops)):
+            places = order[stops[shard] : stops[shard + 1]]
+            out[places] = self._of_shards[shard][indices[places] - self._starts[shard]]
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.concatenate(self._of_shards).astype(dtype or np.int32, copy=False)
+
+    def sum(self) -> int:
+        return sum(int(numbers.sum(dtype=np.int64)) for numbers in self._of_shards)
+
+    def max(self) -> int:
+        return max(int(numbers.max()) for numbers in self._of_shards)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

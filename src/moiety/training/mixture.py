@@ -3,12 +3,14 @@
 Nothing is kept between micro-batches, so a run resumes at step s by asking for what step s holds, and the order does
 not depend on how many processes share the work. Every source shows each of its structures exactly once per epoch.
 
-Within a source and epoch: a seeded permutation is cut into windows; a window is roughly sorted by size and cut
-into micro-batches by the node and the edge budget, so that structures of similar size stand together and little work is
-padding or skew; the micro-batches are then shuffled. Between sources: the j-th micro-batch of source i falls due at
-(j + phase_i) / weight_i, and the schedule is the merge of these progressions. After m micro-batches each source had
-weight_i * m of them, to within one, so neighbouring micro-batches, which go to different ranks, come from different
-domains.
+Within a source and epoch: a seeded permutation is cut into windows; a window is roughly sorted by size and dealt to
+micro-batches from the largest on, as many neighbours as the node and the edge budget hold and then whatever still fits,
+so that structures of similar size stand together and little work is padding or skew; the micro-batches of the window
+are then shuffled. Neither the permutation nor the sizes are held in memory: one is computed, the others are mapped.
+
+Between sources: the j-th micro-batch of source i falls due at (j + phase_i) / weight_i, and the schedule is the merge
+of these progressions. After m micro-batches each source had weight_i * m of them, to within one, so neighbouring
+micro-batches, which go to different ranks, come from different domains.
 
 What a weight is a share of: without `data.temperature`, of the micro-batches, so of the work, since the budgets make
 them alike. With a temperature T, of the structures: source i, of n_i structures, has the share weight_i n_i^(1/T). At
@@ -19,7 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +34,9 @@ from moiety.data.structure import Structure
 from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.training.config import DataConfig
+from moiety.training.permutation import permuted
 
-ORDER_VERSION = 1  # part of the fingerprint: raise it when the order of the same configuration changes
+ORDER_VERSION = 2  # part of the fingerprint: raise it when the order of the same configuration changes
 WINDOW = 4096  # structures sorted by size together
 SIZE_JITTER = 0.15  # sorted by size to within this share, so that a small corpus is in other company each epoch
 
@@ -53,76 +58,94 @@ class Source:
         self.name = name
         self._config = config
         self._number = number
-        self._num_nodes = np.asarray(corpus.num_nodes, dtype=np.int64)
-        self._num_edges = np.asarray(corpus.num_edges, dtype=np.int64)
-        self._starts = [0]  # number of micro-batches before each epoch seen so far
-        self._epoch = -1  # the one that _batches holds
-        self._batches: list[np.ndarray] = []
+        self._num_windows = -(-len(corpus) // WINDOW)  # of an epoch
+        self._starts = [0]  # number of micro-batches before each window seen so far, counted over all epochs
+        self._window = lru_cache(maxsize=2)(self._cut)  # the ranks' own micro-batches, and the step's
         self._refuse_oversized()
 
     def batch(self, position: int) -> tuple[int, np.ndarray]:
         """The epoch and the structures of this source's micro-batch number `position`, counted over all epochs."""
         while self._starts[-1] <= position:
-            self._cut(len(self._starts) - 1)
-            self._starts.append(self._starts[-1] + len(self._batches))
-        epoch = int(np.searchsorted(self._starts, position, side="right")) - 1
-        if epoch != self._epoch:
-            self._cut(epoch)
-        return epoch, self._batches[position - self._starts[epoch]]
+            self._starts.append(self._starts[-1] + len(self._window(len(self._starts) - 1)))
+        window = bisect_right(self._starts, position) - 1
+        return window // self._num_windows, self._window(window)[position - self._starts[window]]
 
     @property
     def num_batches(self) -> int:
         """Micro-batches in the first epoch (later ones differ by a few)."""
         self.batch(0)
-        return self._starts[1]
+        while len(self._starts) <= self._num_windows:
+            self.batch(self._starts[-1])
+        return self._starts[self._num_windows]
 
     @property
     def budget_used(self) -> float:
         """Mean over the first epoch's micro-batches of the fuller budget: what is missing to 1 is waste."""
-        self.batch(0)
-        if self._epoch != 0:
-            self._cut(0)
-        config = self._config
-        full = [
-            max(self._num_nodes[i].sum() / config.node_budget, self._num_edges[i].sum() / config.edge_budget)
-            for i in self._batches
-        ]
-        return float(np.mean(full))
+        full = 0.0
+        for position in range(self.num_batches):
+            nodes_n, edges_n = self._sizes(self.batch(position)[1])
+            full += max(nodes_n.sum() / self._config.node_budget, edges_n.sum() / self._config.edge_budget)
+        return full / self.num_batches
 
-    def _cut(self, epoch: int) -> None:
-        rng = np.random.default_rng([self._config.seed, self._number, epoch])
-        order = rng.permutation(len(self._num_nodes))
-        batches: list[np.ndarray] = []
-        for start in range(0, len(order), WINDOW):
-            window = order[start : start + WINDOW]
-            size = self._num_nodes[window] * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER, len(window))
-            batches += self._cut_window(window[np.argsort(size)])
-        self._epoch, self._batches = epoch, [batches[i] for i in rng.permutation(len(batches))]
+    def _cut(self, number: int) -> list[np.ndarray]:
+        """The micro-batches of a window, counted over all epochs."""
+        epoch, window = divmod(number, self._num_windows)
+        size = len(self.corpus)
+        places = np.arange(window * WINDOW, min((window + 1) * WINDOW, size))
+        key = (self._config.seed, self._number, epoch)
+        index_n = permuted(places, size, key)
+        rng = np.random.default_rng([*key, window])
+        nodes_n, edges_n = self._sizes(index_n)
+        order = np.argsort(-nodes_n * rng.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER, len(index_n)))
+        packs = pack(nodes_n[order], edges_n[order], self._config.node_budget, self._config.edge_budget)
+        return [index_n[order[packs[i]]] for i in rng.permutation(len(packs))]
 
-    def _cut_window(self, window: np.ndarray) -> list[np.ndarray]:
-        nodes = np.cumsum(self._num_nodes[window])
-        edges = np.cumsum(self._num_edges[window])
-        batches, start, nodes_before, edges_before = [], 0, 0, 0
-        while start < len(window):
-            stop = min(
-                int(np.searchsorted(nodes, nodes_before + self._config.node_budget, side="right")),
-                int(np.searchsorted(edges, edges_before + self._config.edge_budget, side="right")),
-            )
-            batches.append(window[start:stop])
-            start, nodes_before, edges_before = stop, nodes[stop - 1], edges[stop - 1]
-        return batches
+    def _sizes(self, index_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] int64 nodes and edges of some structures."""
+        corpus = self.corpus
+        return corpus.num_nodes[index_n].astype(np.int64), corpus.num_edges[index_n].astype(np.int64)
 
     def _refuse_oversized(self) -> None:
         """A structure that alone breaks a budget would break the memory that the budget protects."""
-        for sizes, what in ((self._num_nodes, "node"), (self._num_edges, "edge")):
+        for sizes, what in ((self.corpus.num_nodes, "node"), (self.corpus.num_edges, "edge")):
             budget = getattr(self._config, f"{what}_budget")
-            worst = int(np.argmax(sizes))
-            if sizes[worst] > budget:
+            if sizes.max() > budget:
+                sizes = np.asarray(sizes)
+                worst = int(np.argmax(sizes))
                 raise InputError(
                     f"{self.name}: structure {self.corpus.ids()[worst]!r} has {sizes[worst]} {what}s, more than "
                     f"data.{what}_budget={budget} ({int((sizes > budget).sum())} structures are too large); "
                     f"set data.{what}_budget={sizes[worst]} or build the corpus without them"
                 )
+
+
+def pack(nodes_n: np.ndarray, edges_n: np.ndarray, node_budget: int, edge_budget: int) -> list[np.ndarray]:
+    """Deals structures to micro-batches: each takes the next in order while they fit, then later ones that still do.
+
+    Args:
+        nodes_n: [n] nodes of the structures, roughly descending.
+        edges_n: [n] edges of the structures.
+        node_budget: nodes a micro-batch may hold; no structure has more.
+        edge_budget: edges it may hold, likewise.
+
+    Returns:
+        The places of the structures of each micro-batch; every place stands in one of them.
+    """
+    left = np.arange(len(nodes_n))
+    packs = []
+    while len(left):
+        nodes, edges = nodes_n[left], edges_n[left]
+        nodes_so_far, edges_so_far = np.cumsum(nodes), np.cumsum(edges)
+        taken = (nodes_so_far <= node_budget) & (edges_so_far <= edge_budget)
+        last = int(taken.sum()) - 1
+        node_room, edge_room = node_budget - nodes_so_far[last], edge_budget - edges_so_far[last]
+        while (fits := ~taken & (nodes <= node_room) & (edges <= edge_room)).any():
+            next_one = int(fits.argmax())
+            taken[next_one] = True
+            node_room, edge_room = node_room - nodes[next_one], edge_room - edges[next_one]
+        packs.append(left[taken])
+        left = left[~taken]
+    return packs
 
 
 class Mixture:
