@@ -14,7 +14,7 @@ from rdkit.Chem import AllChem
 
 from moiety.cli import main
 from moiety.data.convert import from_object
-from moiety.data.leak import load, plant, scan
+from moiety.data.leak import load, molecules, plant, scan
 from moiety.data.leak.fingerprint import fingerprint
 from moiety.data.structure import Structure
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
@@ -115,6 +115,12 @@ def test_a_mirror_image_is_a_near_duplicate_and_says_so():
 def test_poses_are_compared_by_their_bonds_and_stereo(first, second, kind):
     a, b = posed(first, seed=1), posed(second, seed=2)
     assert kinds(a, b) == ([kind] if kind else [])
+
+
+def test_atoms_across_a_small_ring_are_not_bonded():
+    bicyclopentane = posed("C1C2CC1C2", seed=1)  # its bridgeheads are 1.9 Å apart
+    bonds = molecules.bonded(bicyclopentane)
+    assert bonds is not None and sorted(atom.GetDegree() for atom in bonds.GetAtoms()) == [1] * 8 + [4] * 5
 
 
 def test_isomers_and_other_molecules_are_strangers():

@@ -21,6 +21,7 @@ LOOSE = 8.0  # times the tolerance: by how much what a node sees may differ betw
 MAX_FRAMES = 5_000  # rotations tried for one pair; a symmetric molecule of N atoms needs a few N
 NUM_SEEN = 64  # distances, averaged in runs, by which partners are recognised
 MAX_ATOMS = 200  # of a molecule whose bonds are looked for
+STRETCHED = 1.15  # sums of covalent radii; carboranes reach 1.12, what is across a ring of QM9 begins at 1.17
 MAX_ITERATIONS = 2_000  # of the search for bond orders
 
 
@@ -148,9 +149,26 @@ def bonded(structure: Structure) -> Chem.Mol | None:
     conformer.SetPositions(np.ascontiguousarray(structure.positions))
     molecule.AddConformer(conformer)
     rdDetermineBonds.DetermineConnectivity(molecule, useVdw=True)
+    _drop_bonds_across_rings(molecule)
     molecule.UpdatePropertyCache(strict=False)
     Chem.FastFindRings(molecule)
     return molecule
+
+
+def _drop_bonds_across_rings(molecule: Chem.RWMol) -> None:
+    """Carbons across a small ring are near enough for a bond: a fifth one that is stretched is none.
+
+    Bonds of carboranes, whose carbons have six, are not stretched.
+    """
+    table = Chem.GetPeriodicTable()
+    positions = molecule.GetConformer().GetPositions()
+    for atom in molecule.GetAtoms():
+        if atom.GetAtomicNum() == 6 and atom.GetDegree() > 4:
+            for other in atom.GetNeighbors():
+                radii = table.GetRcovalent(6) + table.GetRcovalent(other.GetAtomicNum())
+                length = np.linalg.norm(positions[atom.GetIdx()] - positions[other.GetIdx()])
+                if length > STRETCHED * radii:
+                    molecule.RemoveBond(atom.GetIdx(), other.GetIdx())
 
 
 def constitution(molecule: Chem.Mol) -> str:
