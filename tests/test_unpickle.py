@@ -18,7 +18,7 @@ import torch
 from torch_geometric.data import Data
 
 import moiety.data.unpickle as unpickle
-from moiety.data import declared
+from moiety.data import declared, guarded
 from moiety.data.build import load_recipe
 from moiety.data.containers import records
 from moiety.data.download import Archive
@@ -152,7 +152,7 @@ def test_a_memory_bomb_is_refused():
 
 def test_an_endless_one_is_stopped(monkeypatch: pytest.MonkeyPatch):
     deep = b"(" * 30_000_000  # marks alone: tens of millions of steps
-    monkeypatch.setattr(unpickle, "SECONDS", 5)
+    monkeypatch.setattr(guarded, "SECONDS", 5)
     start = time.monotonic()
     with pytest.raises(InputError):
         unpickle.convert([(b"0", deep)], "x")
@@ -173,9 +173,9 @@ def test_an_endless_one_is_stopped(monkeypatch: pytest.MonkeyPatch):
 def test_the_process_can_do_nothing_once_it_is_hardened(attempt: str):
     script = (
         "import importlib.util, sys, os, socket\n"
-        f"spec = importlib.util.spec_from_file_location('child', {str(unpickle.CHILD)!r})\n"
+        f"spec = importlib.util.spec_from_file_location('child', {str(guarded.CHILD)!r})\n"
         "child = importlib.util.module_from_spec(spec); spec.loader.exec_module(child)\n"
-        f"child.harden()\n{attempt}\nos.write(1, b'done')\n"
+        f"child.harden(child.MEMORY, 0)\n{attempt}\nos.write(1, b'done')\n"
     )
     result = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
     assert "done" not in result.stdout
@@ -185,9 +185,9 @@ def test_the_process_can_do_nothing_once_it_is_hardened(attempt: str):
 def test_memory_is_limited():
     script = (
         "import importlib.util, os\nimport numpy as np\n"
-        f"spec = importlib.util.spec_from_file_location('child', {str(unpickle.CHILD)!r})\n"
+        f"spec = importlib.util.spec_from_file_location('child', {str(guarded.CHILD)!r})\n"
         "child = importlib.util.module_from_spec(spec); spec.loader.exec_module(child)\n"
-        "child.harden()\nnp.ones(1 << 29)\n"
+        "child.harden(child.MEMORY, 0)\nnp.ones(1 << 29)\n"
     )
     result = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True)
     assert "MemoryError" in result.stderr

@@ -1,7 +1,6 @@
-"""The process that unpickles: reads pickles by key as msgpack from stdin, writes their plain attributes to stdout.
+"""The unpickler of what must be a pickle: it admits a list of names and replaces each with an inert stand-in.
 
-Run by moiety.data.unpickle as a script under `python -I`; it imports nothing of moiety. Before the first byte of a
-pickle is looked at, limits are set and an audit hook refuses files, sockets, processes, imports and code for good.
+Runs in the process of moiety.data.guarded alone, after its limits are set.
 """
 
 from __future__ import annotations
@@ -9,31 +8,47 @@ from __future__ import annotations
 import codecs
 import io
 import pickle
-import resource
-import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import msgpack
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-MEMORY = 2 << 30  # bytes of address space
-CPU_SECONDS = 60
-MAX_DEPTH = 1000
-NUMBERS = "biufcSU"  # kinds of numpy.dtype that leave this process
-REFUSED = (
-    "open", "socket.", "subprocess.", "os.", "exec", "compile", "import", "ctypes.", "shutil.", "tempfile.", "mmap.",
-    "fcntl.", "signal.", "sys.addaudithook", "sys._current", "pty.", "syslog.", "urllib.", "ftplib.", "http.", "glob.",
-)  # fmt: skip
+from moiety.errors import InputError
+
 STORAGES = {
     "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "LongStorage": "<i8", "IntStorage": "<i4",
     "ShortStorage": "<i2", "CharStorage": "<i1", "ByteStorage": "<u1", "BoolStorage": "?",
 }  # fmt: skip
+NUMBERS = "biufcSU"  # kinds of numpy.dtype of a scalar
 
 
 class Refused(Exception):
     """A pickle that asks for more than data."""
+
+
+def objects(where: str, batch: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Key and plain attributes of every pickled object.
+
+    Args:
+        where: the file, for messages.
+        batch: keys and pickles.
+
+    Raises:
+        InputError: an object that is refused, or that takes more memory than it may; nothing that it says was run.
+    """
+    np.dtype("<f4").newbyteorder("=")  # imports what it needs
+    for key, content in batch:
+        try:
+            yield key, attributes(Unpickler(io.BytesIO(content)).load())
+        except MemoryError:
+            reason = "it takes more memory than it may"
+        except Exception as error:  # whatever a pickle can raise is a reason to refuse it, said by name
+            reason = f"{type(error).__name__}: {error}"[:300]
+        else:
+            continue
+        raise InputError(f"{where}: object {key!r} is refused: {reason}; do not use this file")
 
 
 class Inert:
@@ -169,56 +184,4 @@ def attributes(found: Any) -> dict[str, Any]:
     fields = vars(store).get("_mapping") if isinstance(store, Inert) else vars(found)
     if not isinstance(fields, dict):
         raise Refused("an object without attributes")
-    return {str(name): plain(value) for name, value in fields.items() if not str(name).startswith("_")}
-
-
-def plain(value: Any, depth: int = 0) -> Any:
-    """A value that msgpack can carry; stand-ins are dropped."""
-    if isinstance(value, np.ndarray):
-        if value.dtype.kind not in NUMBERS:
-            raise Refused(f"an array of {value.dtype}")
-        return {"__array__": [value.dtype.str, list(value.shape), value.tobytes()]}
-    if isinstance(value, list | tuple) and depth < MAX_DEPTH:
-        return [plain(item, depth + 1) for item in value]
-    return value if isinstance(value, bool | int | float | str | None) else None
-
-
-def harden() -> None:
-    """From here on: no files, no sockets, no processes, no imports, little memory, little time."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
-    sys.addaudithook(guard)
-
-
-def guard(event: str, arguments: tuple[Any, ...]) -> None:
-    if event.startswith(REFUSED):
-        raise Refused(f"it tries to {event} {str(arguments)[:80]}")
-
-
-def main() -> None:
-    batch = msgpack.unpackb(sys.stdin.buffer.read())
-    output = sys.stdout.buffer
-    np.dtype("<f4").newbyteorder("=")
-    harden()
-    found: list[Any] = []
-    refused = None
-    for key, content in batch:
-        try:
-            found.append([key, attributes(Unpickler(io.BytesIO(content)).load())])
-        except MemoryError:
-            refused = [repr(key), "it takes more memory than it may"]
-        except Exception as error:  # whatever a pickle can raise is a reason to refuse it, said by name
-            refused = [repr(key), f"{type(error).__name__}: {error}"[:300]]
-        if refused:
-            break
-    answer = {"refused": refused} if refused else {"objects": found}
-    msgpack.pack(answer, output)
-    output.flush()
-
-
-if __name__ == "__main__":
-    main()
+    return {str(name): value for name, value in fields.items() if not str(name).startswith("_")}

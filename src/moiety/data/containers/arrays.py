@@ -47,4 +47,4 @@ def plain(value: Any) -> Any:
     """Text for bytes, and what is inside an array of no dimension."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from moiety.data import guarded
 from moiety.data.containers.aselmdb import array_of
-from moiety.data.containers.sqlite import rows
 from moiety.data.validate import Rejected
 
 ARRAYS = {  # column -> dtype, shape
@@ -25,7 +25,7 @@ HEADER = 8  # bytes before the JSON of `data`: where it starts; arrays lie betwe
 def records(path: Path, _: object) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
     """Streams the rows: numbers, positions, cell, pbc, energy, forces, stress, data.*, key_value_pairs.*"""
     columns = [*ARRAYS, *NUMBERS, "pbc", "key_value_pairs", "data"]
-    for key, row in rows(path, "systems", "id", columns):
+    for key, row in guarded.stream("sqlite", str(path), "systems", "id", columns):
         try:
             record = {name: row[name] for name in NUMBERS if row[name] is not None}
             for name, (dtype, shape) in ARRAYS.items():

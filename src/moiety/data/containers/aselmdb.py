@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moiety.data import guarded
 from moiety.data.validate import Rejected
 from moiety.errors import InputError
 
@@ -21,32 +22,11 @@ NUMBERS = "biufc"  # kinds of numpy.dtype
 
 def records(path: Path, _: object) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
     """Streams the rows: numbers, positions, cell, pbc, energy, forces, stress, data.*, key_value_pairs.*"""
-    for key, value in pairs(path):
+    for key, value in guarded.stream("lmdb", str(path)):
         if value[:1] == PICKLE:
             raise InputError(f"{path}: holds pickles, not ASE's rows; its container is `pickled`")
         if key not in RESERVED:
             yield key.decode("ascii", "replace"), _row(value)
-
-
-def pairs(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of an LMDB file, in the order of its keys."""
-    import lmdb
-
-    try:
-        environment = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, create=False, max_dbs=0)
-    except lmdb.Error as error:
-        raise InputError(f"{path}: no LMDB ({error}); copy the file again") from None
-    with environment:
-        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        file = path / "data.mdb" if path.is_dir() else path
-        if file.stat().st_size < needed:  # the file is mapped: a page that is not there would end the process
-            raise InputError(f"{path}: cut short, {file.stat().st_size:,} of {needed:,} bytes; copy the file again")
-        try:
-            with environment.begin() as transaction:
-                for key, value in transaction.cursor():
-                    yield bytes(key), bytes(value)
-        except lmdb.Error as error:
-            raise InputError(f"{path}: a damaged LMDB ({error}); copy the file again") from error
 
 
 def _row(value: bytes) -> dict[str, Any] | Rejected:

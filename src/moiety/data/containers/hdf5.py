@@ -19,12 +19,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
+from moiety.data import guarded
 from moiety.data.containers.arrays import MAX_BYTES, plain, ragged
 from moiety.errors import InputError
 
 LAYOUTS = ("conformers", "ragged", "grid")
+MAX_RATIO = 2_000  # declared over stored bytes: deflate reaches 1,030; chunks never written cost nothing
+GRACE = 64 << 20  # declared bytes before the ratio counts
 BUILT_IN_FILTERS = {1, 2, 3, 4, 5, 6, 32000}  # deflate, shuffle, checksum, szip, nbit, scale-offset; h5py's lzf
 MAX_DEPTH = 8
 DAMAGED = (KeyError, OSError, RuntimeError)  # what h5py raises for objects it cannot open
@@ -32,8 +36,11 @@ DAMAGED = (KeyError, OSError, RuntimeError)  # what h5py raises for objects it c
 
 def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Streams the structures of an HDF5 file."""
-    import h5py
+    yield from guarded.stream("hdf5", str(path), dict(options))
 
+
+def structures(path: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The structures; run in a process of its own, because HDF5 believes what a file says about itself."""
     if options["layout"] not in LAYOUTS:
         raise InputError(f"{path}: layout {options['layout']!r}; use one of {', '.join(LAYOUTS)}")
     try:
@@ -54,7 +61,7 @@ def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[
 
 
 def _molecules(
-    path: Path, group: Any, options: Mapping[str, Any], name: str, depth: int
+    path: str, group: Any, options: Mapping[str, Any], name: str, depth: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     if depth > MAX_DEPTH:
         raise InputError(f"{path}: groups within groups, deeper than {MAX_DEPTH}")
@@ -65,7 +72,7 @@ def _molecules(
             yield from _molecules(path, group[key], options, f"{name}/{key}".lstrip("/"), depth + 1)
 
 
-def _conformers(path: Path, group: Any, options: Mapping[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _conformers(path: str, group: Any, options: Mapping[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     per_conformer = [options["conformers"], *options.get("per_conformer", ())]
     wanted = dict.fromkeys([*per_conformer, *options.get("fields", ())])
     found = {key: _dataset(path, group, key) for key in wanted if _hard_link(path, group, key)}
@@ -78,7 +85,7 @@ def _conformers(path: Path, group: Any, options: Mapping[str, Any], name: str) -
         yield f"{name}/{index}", record
 
 
-def _mesh(path: Path, root: Any, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _mesh(path: str, root: Any, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     stride = options.get("stride", 1)
     arrays = _datasets(path, root)
     for name in (*options["axes"], *options["fields"]):
@@ -98,7 +105,7 @@ def _mesh(path: Path, root: Any, options: Mapping[str, Any]) -> Iterator[tuple[s
             yield f"{sample}/{time}", record
 
 
-def _datasets(path: Path, group: Any) -> dict[str, Any]:
+def _datasets(path: str, group: Any) -> dict[str, Any]:
     """The data sets right in a group, and in the groups of it as GROUP/NAME."""
     found = {}
     for key in group:
@@ -114,18 +121,14 @@ def _datasets(path: Path, group: Any) -> dict[str, Any]:
     return found
 
 
-def _hard_link(path: Path, group: Any, key: str) -> bool:
-    import h5py
-
+def _hard_link(path: str, group: Any, key: str) -> bool:
     link = group.get(key, getlink=True) if key in group or key in list(group.keys()) else None
     if isinstance(link, h5py.ExternalLink):
         raise InputError(f"{path}: {group.name}/{key} links to another file, {link.filename}; do not use this file")
     return isinstance(link, h5py.HardLink)
 
 
-def _dataset(path: Path, group: Any, key: str) -> Any:
-    import h5py
-
+def _dataset(path: str, group: Any, key: str) -> Any:
     data = group[key]
     if not isinstance(data, h5py.Dataset):
         raise InputError(f"{path}: {group.name}/{key} is a {type(data).__name__}, not a data set; copy the file again")
@@ -138,10 +141,13 @@ def _dataset(path: Path, group: Any, key: str) -> Any:
     filters = {properties.get_filter(index)[0] for index in range(properties.get_nfilters())}
     if filters - BUILT_IN_FILTERS:
         raise InputError(f"{where} needs a filter plug-in (number {min(filters - BUILT_IN_FILTERS)}); none is loaded")
+    declared, stored = math.prod(data.shape or ()) * data.dtype.itemsize, data.id.get_storage_size()
+    if declared > GRACE + MAX_RATIO * stored:
+        raise InputError(f"{where} declares {declared:,} bytes and stores {stored:,}; do not use this file")
     return data
 
 
-def _read(path: Path, data: Any, index: Any) -> Any:
+def _read(path: str, data: Any, index: Any) -> Any:
     """A part of a data set; its declared size is believed only up to a limit."""
     depth = 1 if isinstance(index, int) else len(index)
     size = math.prod(data.shape[depth:]) * data.dtype.itemsize

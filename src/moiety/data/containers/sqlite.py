@@ -6,6 +6,7 @@ array that its bytes are.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -15,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from moiety.data import guarded
 from moiety.data.validate import Rejected
 from moiety.errors import InputError
 
@@ -25,7 +27,7 @@ MAX_VALUE = 256 << 20  # bytes of one cell
 def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any] | Rejected]]:
     """Streams the rows of a table."""
     blobs = {name: np.dtype(kind) for name, kind in options.get("blobs", {}).items()}
-    for key, row in rows(path, options["table"], options["key"], options["columns"]):
+    for key, row in guarded.stream("sqlite", str(path), options["table"], options["key"], options["columns"]):
         try:
             for name, dtype in blobs.items():
                 row[name] = np.frombuffer(row[name], dtype=dtype)
@@ -35,13 +37,13 @@ def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[
             yield key, row
 
 
-def rows(path: Path, table: str, key: str, columns: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and cells of every row, in the order of the file.
+def rows(path: str, table: str, key: str, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and cells of every row, in the order of the file; run in a process of its own.
 
     Raises:
         InputError: no SQLite file, no such table or column, or a view or virtual table in its place.
     """
-    uri = f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1"
+    uri = f"file:{quote(os.path.realpath(path))}?mode=ro&immutable=1"
     with closing(sqlite3.connect(uri, uri=True)) as database:
         try:
             database.execute("PRAGMA trusted_schema = OFF")
@@ -49,7 +51,7 @@ def rows(path: Path, table: str, key: str, columns: list[str] | None = None) -> 
             database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE)
             _refuse_views(path, database, table)
             known = [row[1] for row in database.execute(f"PRAGMA table_info({_quoted(table)})")]
-            wanted = [key, *(known if columns is None else columns)]
+            wanted = [key, *columns]
             if missing := [name for name in wanted if name not in known]:
                 raise InputError(f"{path}: {table} has no column {missing[0]!r}; it has {', '.join(known)}")
             database.set_authorizer(_only_read)
@@ -61,7 +63,7 @@ def rows(path: Path, table: str, key: str, columns: list[str] | None = None) -> 
             raise InputError(f"{path}: cannot be read as SQLite ({error}); copy the file again") from None
 
 
-def _refuse_views(path: Path, database: sqlite3.Connection, table: str) -> None:
+def _refuse_views(path: str, database: sqlite3.Connection, table: str) -> None:
     kinds = dict(database.execute("SELECT name, type || ' ' || coalesce(sql, '') FROM sqlite_master"))
     if table not in kinds:
         raise InputError(f"{path}: holds no table {table!r}; it has {', '.join(sorted(kinds))}")
