@@ -5,6 +5,7 @@ A recipe has a module beside it, or describes its containers under `reader:` (mo
 of the profile; every structure carries groups["split"]. Large ones also have `parts(archives, options) -> list`, of
 any JSON values, and then `structures(archives, options, part)`: each part is read, validated and written by itself.
 What a build has to say about itself, a module gives as `notes(archives, options) -> list[str]`.
+Where the domain is `text`, records are `moiety.data.texts.Text`, and the function of the module is called `texts`.
 A collection names other recipes under `corpora:`.
 """
 
@@ -16,6 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +40,7 @@ from moiety.data.parts import PartResult, write_part
 from moiety.data.shards import MANIFEST, complete_or_absent, read_manifest, write_manifest
 from moiety.data.splits import SPLITS
 from moiety.data.structure import Structure
+from moiety.data.texts import Text, kinds, write_text_part
 from moiety.data.validate import Verdict
 from moiety.errors import InputError
 
@@ -51,7 +54,7 @@ class Recipe:
 
     name: str
     title: str
-    domain: str  # of every structure: molecule | crystal | surface | complex | protein | field
+    domain: str  # of every structure: molecule | crystal | surface | complex | protein | field; text: of no structure
     licence: str
     citation: str
     sources: tuple[Source, ...]
@@ -61,16 +64,21 @@ class Recipe:
     theory: str = ""  # level of theory of the labels
     reader: Mapping[str, Any] = field(default_factory=dict)  # container and fields; instead of a module
     traps: tuple[str, ...] = ()  # what goes wrong with this corpus elsewhere
-    checked: Mapping[str, str] = field(default_factory=dict)  # what agrees with a public source -> the source
+    checked: tuple[str, ...] = ()  # what agrees with a public source, and which
     unconfirmed: tuple[str, ...] = ()  # details that could not be checked against the corpus or such a source
     path: Path = Path()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the records are texts, not structures."""
+        return self.domain == "text"
 
     def parts(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[Any]:
         """What is built one by one, in a fixed order; one part, None, where the recipe names none."""
         if self.reader:
-            from moiety.data import declared
+            from moiety.data import declared, declared_texts
 
-            return declared.parts(self, archives, options)
+            return (declared_texts if self.is_text else declared).parts(self, archives, options)
         module = self.module()
         return module.parts(archives, options) if hasattr(module, "parts") else [None]
 
@@ -87,6 +95,14 @@ class Recipe:
             return module.structures(archives, options, part)
         return module.structures(archives, options)
 
+    def texts(self, archives: Mapping[str, Archive], options: Mapping[str, Any], part: Any) -> Iterator[Text | Verdict]:
+        """The texts of a part, of a recipe whose domain is text."""
+        if self.reader:
+            from moiety.data import declared_texts
+
+            return declared_texts.texts(self, archives, options, part)
+        return self.module().texts(archives, options)
+
     def notes(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[str]:
         """What the manifest has to say about this build, such as labels that are missing."""
         notes = None if self.reader else getattr(self.module(), "notes", None)
@@ -97,11 +113,7 @@ class Recipe:
         path = self.path.with_suffix(".py")
         if not path.exists():
             raise InputError(f"{self.path}: its reader {path.name} is missing")
-        spec = importlib.util.spec_from_file_location(f"moiety_recipe_{self.name}", path)
-        assert spec is not None and spec.loader is not None  # a .py file has a loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return _loaded(path, path.read_bytes())
 
     def fingerprint(self) -> str:
         """A hash of the YAML and of the reader: the same recipe makes the same corpus."""
@@ -121,6 +133,16 @@ class Collection:
     name: str
     title: str
     corpora: tuple[str, ...]
+
+
+@lru_cache(maxsize=8)  # the parts of a build share what the module remembers
+def _loaded(path: Path, content: bytes) -> ModuleType:
+    """The module of a file with that content."""
+    spec = importlib.util.spec_from_file_location(f"moiety_recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file has a loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def recipes_dir() -> Path:
@@ -181,7 +203,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
         _check_keys(entry, Source, set(), f"{path}: sources")
     sources = tuple(Source(**{**entry, "member": tuple(entry.get("member", ("*",)))}) for entry in content["sources"])
     content["profiles"] = {name: options or {} for name, options in content["profiles"].items()}
-    content |= {key: tuple(content[key]) for key in ("traps", "unconfirmed") if key in content}
+    content |= {key: tuple(content[key]) for key in ("traps", "checked", "unconfirmed") if key in content}
     return Recipe(**{**content, "sources": sources, "path": path})
 
 
@@ -196,6 +218,9 @@ class _PartWork:
     folder: Path
 
     def __call__(self, number: int, report: Callable[[int], None]) -> PartResult:
+        if self.recipe.is_text:
+            found = self.recipe.texts(self.archives, self.options, self.parts[number])
+            return write_text_part(found, self.folder, number, report)
         structures = self.recipe.structures(self.archives, self.options, self.parts[number])
         prefix = f"{number}:" if len(self.parts) > 1 else ""
         return write_part(structures, self.folder, number, report, prefix)
@@ -257,6 +282,7 @@ def build(
             recipe_sha256=plan.fingerprint(),
             sources=[archive.record() for archive in archives.values()],
             notes=notes,
+            **({"kinds": kinds(results)} if plan.is_text else {}),
         )
 
 

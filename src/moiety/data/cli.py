@@ -187,14 +187,16 @@ def _show(path: Path, manifest: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"path": str(path), **manifest}))
         return
-    counts = manifest["counts"]
+    counts, is_text = manifest["counts"], "kinds" in manifest
     rejected = ", ".join(f"{code} {number}" for code, number in counts["rejected"].items()) or "none"
     rows = [
         ["corpus", str(path)],
-        ["structures", f"{counts['ok']:,} of {counts['in']:,}; rejected: {rejected}"],
+        ["texts" if is_text else "structures", f"{counts['ok']:,} of {counts['in']:,}; rejected: {rejected}"],
         ["splits", _counted(manifest["splits"])],
         ["domains", _counted(manifest["domains"])],
-        ["nodes, edges", f"{manifest['num_nodes']:,}, {manifest['num_edges']:,} within {manifest['cutoff']} Å"],
+        ["kinds", _counted(manifest["kinds"])]
+        if is_text
+        else ["nodes, edges", f"{manifest['num_nodes']:,}, {manifest['num_edges']:,} within {manifest['cutoff']} Å"],
         ["labels", ", ".join(f"{name} ({unit})" for name, unit in manifest["units"].items()) or "none with a unit"],
         ["source", manifest["source"]],
         ["licence", manifest["licence"]],
@@ -220,7 +222,7 @@ def _show_all(folder: Path, names: Iterable[str], as_json: bool) -> None:
             f"{manifest['counts']['ok']:,}",
             f"{sum(manifest['counts']['rejected'].values()):,}",
             _counted(manifest["splits"]),
-            ", ".join(manifest["units"]) or "none",
+            ", ".join(manifest["units"]) or _counted(manifest.get("kinds", {})) or "none",
             manifest["licence"],
         ]
         for name, manifest in manifests.items()

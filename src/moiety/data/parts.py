@@ -91,11 +91,11 @@ class _PartWriter:
         for split in self.buffers:
             self._flush(split)
         hashes = np.concatenate([np.zeros(0, dtype=np.uint64), *self.id_hashes])
-        np.save(_hash_file(self.folder, self.result.number), hashes)
+        np.save(hash_file(self.folder, self.result.number), hashes)
         return self.result
 
     def _accepted(self, items: Iterable[Structure | Verdict]) -> Iterator[Structure]:
-        with _rejected_file(self.folder, self.result.number).open("w", encoding="utf-8") as rejected:
+        with rejected_file(self.folder, self.result.number).open("w", encoding="utf-8") as rejected:
             for place, item in enumerate(items):
                 self.result.num_in += 1
                 if isinstance(item, Verdict) and not item.ok:
@@ -117,7 +117,7 @@ class _PartWriter:
 
     def _reject(self, rejected: Any, identity: str, code: str, reason: str) -> None:
         self.result.rejected[code] += 1
-        rejected.write(_rejected_line(identity, code, reason))
+        rejected.write(rejected_line(identity, code, reason))
 
     def _flush(self, split: str) -> None:
         structures, self.buffers[split] = self.buffers[split], []
@@ -128,10 +128,10 @@ class _PartWriter:
         index = sum(shard["split"] == split for shard in self.result.shards)
         path = self.folder / f"{split}-{self.result.number:05d}-{index:05d}.parquet"
         table = table_from(structures, np.array(num_edges, dtype=np.int32))
-        self.result.shards.append({"file": path.name, "split": split, **_write_table(table, path)})
+        self.result.shards.append({"file": path.name, "split": split, **write_table(table, path)})
         self.result.num_nodes += num_nodes
         self.result.num_edges += sum(num_edges)
-        self.id_hashes.append(np.array([_id_hash(structure.id) for structure in structures], dtype=np.uint64))
+        self.id_hashes.append(np.array([id_hash(structure.id) for structure in structures], dtype=np.uint64))
 
 
 def merge(results: Sequence[PartResult], folder: Path) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def merge(results: Sequence[PartResult], folder: Path) -> dict[str, Any]:
     splits: Counter[str] = Counter()
     with (folder / REJECTED).open("wb") as joined:
         for result in results:
-            path = _rejected_file(folder, result.number)
+            path = rejected_file(folder, result.number)
             joined.write(path.read_bytes())
             path.unlink()
             rejected.update(result.rejected)
@@ -185,14 +185,14 @@ def merge(results: Sequence[PartResult], folder: Path) -> dict[str, Any]:
 
 def _take_out_repeated(results: Sequence[PartResult], folder: Path) -> None:
     """Rejects ids that an earlier part has. Hashes find the suspects: 8 bytes a structure; their ids decide."""
-    hashes = [np.load(_hash_file(folder, result.number)) for result in results]
+    hashes = [np.load(hash_file(folder, result.number)) for result in results]
     every = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
     suspects = np.unique(every[1:][every[1:] == every[:-1]])
     seen: set[str] = set()
     for result, hash_n in zip(results, hashes, strict=True):
         if (suspect_n := np.isin(hash_n, suspects)).any():
             _reject_seen(result, suspect_n, seen, folder)
-        _hash_file(folder, result.number).unlink()
+        hash_file(folder, result.number).unlink()
 
 
 def _reject_seen(result: PartResult, suspect_n: Array, seen: set[str], folder: Path) -> None:
@@ -214,35 +214,35 @@ def _reject_seen(result: PartResult, suspect_n: Array, seen: set[str], folder: P
         result.num_edges -= int(gone["num_edges"].to_numpy().sum())
         result.domains.subtract(gone["domain"].to_pylist())
         result.rejected["duplicate-id"] += len(repeated)
-        with _rejected_file(folder, result.number).open("a", encoding="utf-8") as rejected:
+        with rejected_file(folder, result.number).open("a", encoding="utf-8") as rejected:
             for name in repeated.values():
-                rejected.write(_rejected_line(name, "duplicate-id", "an earlier part of the corpus has the id"))
+                rejected.write(rejected_line(name, "duplicate-id", "an earlier part of the corpus has the id"))
         if len(kept):
-            shard.update(_write_table(kept, path))
+            shard.update(write_table(kept, path))
         else:
             path.unlink()
             result.shards.remove(shard)
 
 
-def _write_table(table: pa.Table, path: Path) -> dict[str, Any]:
+def write_table(table: pa.Table, path: Path) -> dict[str, Any]:
     """Writes a shard and describes it. The file depends on the table and on pyarrow's version alone."""
     pq.write_table(table, path, compression="zstd")
     return {"structures": len(table), "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _rejected_line(identity: str, code: str, reason: str) -> str:
+def rejected_line(identity: str, code: str, reason: str) -> str:
     return json.dumps({"id": identity, "code": code, "reason": reason}, ensure_ascii=False) + "\n"
 
 
-def _rejected_file(folder: Path, number: int) -> Path:
+def rejected_file(folder: Path, number: int) -> Path:
     return folder / f".rejected-{number:05d}.jsonl"
 
 
-def _hash_file(folder: Path, number: int) -> Path:
+def hash_file(folder: Path, number: int) -> Path:
     return folder / f".ids-{number:05d}.npy"
 
 
-def _id_hash(identity: str) -> int:
+def id_hash(identity: str) -> int:
     return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest(), "little")
 
 

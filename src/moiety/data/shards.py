@@ -117,10 +117,12 @@ class Corpus:
         """
         path = Path(path)
         manifest = read_manifest(path)
+        if "text" in manifest["domains"]:
+            raise InputError(f"{path}: holds texts, no structures; open it with moiety.data.texts.TextCorpus")
         if split is not None and split not in manifest["splits"]:
             raise InputError(f"{path}: no split {split!r}; it has {', '.join(sorted(manifest['splits']))}")
         entries = [entry for entry in manifest["shards"] if split in (None, entry["split"])]
-        return cls(path, manifest, split, [Shard(_mapped(path, entry)) for entry in entries])
+        return cls(path, manifest, split, [Shard(mapped(path, entry)) for entry in entries])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -281,7 +283,7 @@ def _verify_shard(path: Path, entry: dict[str, Any]) -> None:
         raise InputError(f"{shard}: checksum mismatch, the file is damaged or was changed; build the corpus again")
 
 
-def _mapped(path: Path, entry: dict[str, Any]) -> pa.Table:
+def mapped(path: Path, entry: dict[str, Any]) -> pa.Table:
     """The shard as memory-mapped Arrow, made from the verified Parquet when it is new or has been touched."""
     shard = path / entry["file"]
     mtime = shard.stat().st_mtime_ns if shard.exists() else 0
