@@ -21,6 +21,8 @@ def spans(arrays: Mapping[str, Any], options: Mapping[str, Any], where: str) -> 
     name = options.get("pointer") or options.get("counts")
     if name is None or name not in arrays:
         raise InputError(f"{where}: a ragged layout names its pointer or counts; {name!r} is not there")
+    if arrays[name].ndim != 1 or arrays[name].dtype.kind not in "iu":
+        raise InputError(f"{where}: {name} is no row of whole numbers; copy the file again")
     values = np.asarray(arrays[name][:], dtype=np.int64)
     ends = values if "pointer" in options else np.concatenate([[0], np.cumsum(values)])
     total = min((len(arrays[field]) for field in options.get("per_atom", ())), default=0)
@@ -34,6 +36,8 @@ def ragged(arrays: Mapping[str, Any], options: Mapping[str, Any], where: str) ->
     names = [*options.get("per_atom", ()), *options.get("per_structure", ())]
     if missing := [name for name in names if name not in arrays]:
         raise InputError(f"{where}: holds no array {missing[0]}; it has {', '.join(sorted(arrays)[:12])}")
+    if single := [name for name in names if arrays[name].ndim == 0]:
+        raise InputError(f"{where}: {single[0]} is one number, not one a node or structure; copy the file again")
     for row, (first, last) in enumerate(spans(arrays, options, where)):
         record = {name: arrays[name][first:last] for name in options.get("per_atom", ())}
         for name in options.get("per_structure", ()):
