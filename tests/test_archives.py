@@ -9,11 +9,13 @@ import lzma
 import struct
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moiety.data.archives import Limits, members, open_member, open_plain
+from moiety.data.download import Source
 from moiety.errors import InputError
 
 SMALL = Limits(members=100, member_bytes=1 << 20, total_bytes=4 << 20)
@@ -152,3 +154,16 @@ def test_broken_archives_are_named(tmp_path: Path):
     (tmp_path / "b.zip").write_bytes(b"not a zip")
     with pytest.raises(InputError, match=r"b\.zip: no zip file"):
         drain(tmp_path / "b.zip")
+
+
+def test_a_source_raises_the_limit_of_its_members(tmp_path: Path):
+    path = tarred(tmp_path / "a.tar", [(tarfile.TarInfo("large"), bytes(2 << 20))])
+    with pytest.raises(InputError, match=r"member large is of 2,097,152 bytes, over 1,048,576 \(member_limit\)"):
+        drain(path)
+    source = Source("url", "a", "1", "a.tar", member_limit=100 << 30)
+    assert (source.limits.member_bytes, source.limits.total_bytes) == (100 << 30, 100 << 30)
+    assert Source("url", "a", "1", "a.tar", member_limit=3 << 30).limits.total_bytes == Limits().total_bytes
+    assert Source("url", "a", "1", "a.tar").limits == Limits()
+    assert drain(path, replace(SMALL, member_bytes=2 << 20)) == {"large": bytes(2 << 20)}
+    with pytest.raises(InputError, match="member_limit '3 GB' is no number of bytes"):
+        Source("url", "a", "1", "a.tar", member_limit="3 GB")

@@ -41,7 +41,7 @@ BROKEN = (OSError, *BROKEN_FORMAT)
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may hold. The defaults fit the corpora of data_recipes; a recipe of a larger one raises them."""
+    """What an archive may hold. A recipe raises them by its source's `member_limit`."""
 
     members: int = 1_000_000
     member_bytes: int = 2 << 30  # of one member, unpacked
@@ -116,7 +116,7 @@ class Guarded(io.RawIOBase):
         self.count += len(block)
         if self.count > self.max_bytes:
             raise InputError(
-                f"{self.what} unpacks to more than {self.max_bytes:,} bytes; raise the limit if it is right"
+                f"{self.what} unpacks to more than {self.max_bytes:,} bytes; raise the source's member_limit if it is right"
             )
         if self.packed is not None and self.count > GRACE and self.count > self.ratio * max(self.packed(), 1):
             raise InputError(
@@ -176,7 +176,8 @@ def _tar_members(path: Path, file: Any, patterns: Sequence[str], limits: Limits)
             if info.isdir() or not _wanted(path, name, patterns, info.isfile()):
                 continue
             if info.size > limits.member_bytes:
-                raise InputError(f"{path}: member {name} is of {info.size:,} bytes, over {limits.member_bytes:,}")
+                what = f"{path}: member {name}"
+                raise InputError(f"{what} is of {info.size:,} bytes, over {limits.member_bytes:,} (member_limit)")
             stream = tar.extractfile(info)
             assert stream is not None  # isfile() holds
             with stream:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO
@@ -44,6 +44,7 @@ class Source:
     member: tuple[str, ...] = ("*",)  # patterns of the archive members the recipe may read
     use: str = "required"  # required | optional (the build does without, and says so) | fallback (for those)
     url: str = ""  # of a `registry: url` file: https, or http where the checksum is known
+    member_limit: int = 0  # bytes that a member, or a compressed file, may unpack to; 0: as moiety.data.archives says
     gate: str = ""  # what has to be accepted, and where, before the file may be had: it is then never fetched
 
     def __post_init__(self) -> None:
@@ -57,6 +58,18 @@ class Source:
             raise InputError(f"source {self.package}: version {self.version} is a number to YAML; put it in quotes")
         if self.registry != "debian" and not self.file:
             raise InputError(f"source {self.package}: a {self.registry} source names its file")
+        if not isinstance(self.member_limit, int) or self.member_limit < 0:
+            raise InputError(f"source {self.package}: member_limit {self.member_limit!r} is no number of bytes")
+
+    @property
+    def limits(self) -> archives.Limits:
+        """What the archive may hold: the defaults, raised to `member_limit`."""
+        default = archives.DEFAULT
+        return replace(
+            default,
+            member_bytes=max(self.member_limit, default.member_bytes),
+            total_bytes=max(self.member_limit, default.total_bytes),
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class Archive:
 
         A stream is valid until the next one is asked for. Unsafe members are refused, see `moiety.data.archives`.
         """
-        return archives.members(self.path, self.source.member)
+        return archives.members(self.path, self.source.member, self.source.limits)
 
     def read(self, name: str) -> bytes:
         """The bytes of the first member called `name` (a name or a pattern)."""

@@ -25,7 +25,8 @@ from moiety.errors import InputError
 LENGTHS = {(1, 0): "<H", (2, 0): "<I"}  # format -> how the length of a header is written
 NUMBERS = "biufcSU"  # kinds of numpy.dtype
 HEADER = re.compile(  # NumPy's own parser evaluates it as Python's literals
-    rb"\{'descr': '([^'\\]{1,20})', 'fortran_order': (True|False), 'shape': \(((?:[0-9]{1,20}L?, ?){0,32}(?:[0-9]{1,20}L?)?)\), \}\s*"
+    rb"\{'descr': '([^'\\]{1,20})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:[0-9]{1,20}L?, ?){0,32}(?:[0-9]{1,20}L?)?)\), \}\s*"
 )
 
 
