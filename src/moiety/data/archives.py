@@ -115,9 +115,8 @@ class Guarded(io.RawIOBase):
             raise InputError(f"{self.what} cannot be unpacked ({_reason(error)}); copy it again") from None
         self.count += len(block)
         if self.count > self.max_bytes:
-            raise InputError(
-                f"{self.what} unpacks to more than {self.max_bytes:,} bytes; raise the source's member_limit if it is right"
-            )
+            size = f"{self.max_bytes:,} bytes"
+            raise InputError(f"{self.what} unpacks to more than {size}; raise the source's member_limit if it is right")
         if self.packed is not None and self.count > GRACE and self.count > self.ratio * max(self.packed(), 1):
             raise InputError(
                 f"{self.what} grows more than {self.ratio:.0f} times when unpacked: not opened any further"
