@@ -63,7 +63,7 @@ def parts(recipe: Recipe, archives: Mapping[str, Archive], options: Mapping[str,
     check(recipe)
     runs: list[list[str]] = []
     room = 0
-    for name in _data_files(recipe, archives):
+    for name in data_files(recipe, archives):
         size = archives[name].path.stat().st_size
         if not runs or size > room:
             runs.append([])
@@ -87,7 +87,7 @@ def structures(
     place = every.index(part)
     left = {name: (options[name] + place) // len(every) for name in SPLITS if name in options}
     first, last = (part, part) if isinstance(part, str) else part
-    for name in _data_files(recipe, archives):
+    for name in data_files(recipe, archives):
         if first <= name <= last:
             yield from _structures_of(recipe, archives, name, left)
 
@@ -99,7 +99,7 @@ def _structures_of(
     archive, reader = archives[file], recipe.reader
     fields = FieldReader(reader, recipe.units, str(recipe.path))
     join = Join(reader["join"], _joined_columns(recipe), archives, file) if "join" in reader else None
-    split = _splitter(recipe, archives, file)
+    split = splitter(recipe, archives, file)
     found = records(archive.path, reader["container"], reader.get("options", {}), archive.source.member)
     for index, (key, record) in enumerate(found):
         if len(left) == len(SPLITS) and not any(left.values()):
@@ -143,13 +143,19 @@ def check(recipe: Recipe) -> None:
     kind_of(recipe.reader["container"], recipe.reader.get("options", {}), f"{where}: reader")
     check_keys(recipe.reader.get("fields", {}), list(FIELDS), f"{where}: fields")
     FieldReader(recipe.reader, recipe.units, where)
-    if not isinstance(recipe.splits, dict) or recipe.splits.get("by") not in SPLIT:
-        raise InputError(f"{where}: splits is a mapping whose `by` is one of {', '.join(SPLIT)}")
-    check_keys(recipe.splits, SPLIT[recipe.splits["by"]], f"{where}: splits")
+    check_splits(recipe)
     if "join" in recipe.reader:
         check_join(recipe.reader["join"], f"{where}: join")
     elif columns := _joined_columns(recipe):
         raise InputError(f"{where}: {JOINED}{columns[0]} is a column of a table, and the reader has no `join`")
+
+
+def check_splits(recipe: Recipe) -> None:
+    """Reads the `splits` of a recipe; InputError names an unknown rule or key."""
+    where = str(recipe.path)
+    if not isinstance(recipe.splits, dict) or recipe.splits.get("by") not in SPLIT:
+        raise InputError(f"{where}: splits is a mapping whose `by` is one of {', '.join(SPLIT)}")
+    check_keys(recipe.splits, SPLIT[recipe.splits["by"]], f"{where}: splits")
 
 
 def code() -> bytes:
@@ -158,7 +164,7 @@ def code() -> bytes:
     return b"".join(path.read_bytes() for pattern in READS for path in sorted(here.glob(pattern)))
 
 
-def _data_files(recipe: Recipe, archives: Mapping[str, Archive]) -> list[str]:
+def data_files(recipe: Recipe, archives: Mapping[str, Archive]) -> list[str]:
     """The names of the files that hold structures, sorted."""
     rule = recipe.splits
     beside = [rule["file"]] if "file" in rule else []
@@ -177,7 +183,7 @@ def _joined_columns(recipe: Recipe) -> list[str]:
     return [path.removeprefix(JOINED) for path in paths if isinstance(path, str) and path.startswith(JOINED)]
 
 
-def _splitter(recipe: Recipe, archives: Mapping[str, Archive], file: str) -> Splitter:
+def splitter(recipe: Recipe, archives: Mapping[str, Archive], file: str) -> Splitter:
     """(FILE/KEY, key, record) -> split."""
     rule: dict[str, Any] = dict(recipe.splits)
     where = f"{recipe.path}: splits"
