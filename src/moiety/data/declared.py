@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from moiety.data import archives as packed
@@ -100,7 +100,8 @@ def _structures_of(
     fields = FieldReader(reader, recipe.units, str(recipe.path))
     join = Join(reader["join"], _joined_columns(recipe), archives, file) if "join" in reader else None
     split = splitter(recipe, archives, file)
-    found = records(archive.path, reader["container"], reader.get("options", {}), archive.source.member)
+    source = archive.source
+    found = records(archive.path, reader["container"], reader.get("options", {}), source.member, source.limits)
     for index, (key, record) in enumerate(found):
         if len(left) == len(SPLITS) and not any(left.values()):
             return
@@ -191,17 +192,17 @@ def splitter(recipe: Recipe, archives: Mapping[str, Archive], file: str) -> Spli
         return lambda *_: rule["split"]
     if rule["by"] == "hash":
         shares = {name: float(rule.get(name, 0.05)) for name in ("val", "test")}
-        return lambda name, key, record: split_of(_of(rule, name, key, record), recipe.name, **shares)
+        return lambda name, key, record: split_of(_of(rule, file, key, record), recipe.name, **shares)
     if rule["by"] == "file":
         return lambda name, *_: _first(name, rule, lambda pattern: fnmatch(name, pattern), where)
     if rule["by"] == "field":
         return lambda name, key, record: _first(
-            name, rule, lambda value: str(value) == _of(rule, name, key, record), where
+            name, rule, lambda value: str(value) == _of(rule, file, key, record), where
         )
     member = {name: split for split, names in _lists(rule, archives, file, where).items() for name in names}
 
     def of_list(name: str, key: str, record: Any) -> str:
-        of = _of(rule, name, key, record)
+        of = _of(rule, file, key, record)
         if of not in member:
             raise Rejected("not-in-split", f"{of} is in none of the lists")
         return member[of]
@@ -209,11 +210,11 @@ def splitter(recipe: Recipe, archives: Mapping[str, Archive], file: str) -> Spli
     return of_list
 
 
-def _of(rule: Mapping[str, Any], name: str, key: str, record: Any) -> str:
-    """What a rule looks at: FILE/KEY, one of the names in KEY, or a field of the record."""
+def _of(rule: Mapping[str, Any], file: str, key: str, record: Any) -> str:
+    """What a rule looks at: FILE/KEY (whatever folder the file is in), one of the names in KEY, or a field."""
     of = rule.get("of", "key")
     if of == "key":
-        return name
+        return f"{PurePosixPath(file).name}/{key}"
     if not of.startswith("key."):
         return str(value_at(record, of))
     names, place = key.split("/"), int(of.removeprefix("key."))

@@ -42,12 +42,14 @@ class Join:
         self.table = spec.get("file") or ", ".join(spec.get("member", ())) or part
         self.rows: dict[str, tuple[Any, ...]] = {}
         for name, row in _rows(spec, archives, part):
+            if missing := [column for column in (*self.columns, spec.get("key")) if column and column not in row]:
+                raise InputError(f"{self.table}: has no column {missing[0]!r}; it has {', '.join(row)}")
             key = str(row[spec["key"]]) if "key" in spec else self._key(name)
             if key is None:
                 continue
-            if key in self.rows:
-                raise InputError(f"{self.table}: two rows of the key {key!r}; check the key of the join")
-            self.rows[key] = tuple(row[column] for column in self.columns)
+            cells = tuple(row[column] for column in self.columns)
+            if self.rows.setdefault(key, cells) != cells:
+                raise InputError(f"{self.table}: two rows of the key {key!r} differ; check the key of the join")
 
     def _key(self, name: str) -> str | None:
         found = self.pattern.search(name)
@@ -68,7 +70,9 @@ def _rows(spec: Mapping[str, Any], archives: Mapping[str, Archive], part: str) -
             raise InputError(f"join: none of the sources is called {spec['file']}; give it with --from DIR")
     for name, archive in tables.items():
         member = spec.get("member", archive.source.member)
-        for key, row in records(archive.path, spec["container"], spec.get("options", {}), member):
+        for key, row in records(
+            archive.path, spec["container"], spec.get("options", {}), member, archive.source.limits
+        ):
             if isinstance(row, Rejected):
                 continue
             yield f"{name}/{key}", row
