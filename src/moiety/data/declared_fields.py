@@ -129,13 +129,14 @@ class FieldReader:
         return _full_stress(values, spec["voigt"]) if "voigt" in spec else values
 
     def _geometry(self, record: Any) -> dict[str, Any]:
-        if "residues" in self.reader:
-            return _residues(record, self.reader["residues"])
-        if "structure" not in self.reader:
-            return {}
-        found = value_at(record, self.reader["structure"]["from"])
+        spec = self.reader.get("structure", {})
         try:
-            return (_jarvis if self.reader["structure"].get("as") == "jarvis" else _pymatgen)(found)
+            if "residues" in self.reader:
+                return _residues(record, self.reader["residues"])
+            if not spec:
+                return {}
+            found = value_at(record, spec["from"])
+            return _jarvis(found) if spec.get("as") == "jarvis" else _pymatgen(found)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise Rejected("unreadable", f"no structure of the format it should have ({error!r})") from None
 

@@ -31,7 +31,7 @@ MAX_RATIO = 2_000  # declared over stored bytes: deflate reaches 1,030; chunks n
 GRACE = 64 << 20  # declared bytes before the ratio counts
 BUILT_IN_FILTERS = {1, 2, 3, 4, 5, 6, 32000}  # deflate, shuffle, checksum, szip, nbit, scale-offset; h5py's lzf
 MAX_DEPTH = 8
-DAMAGED = (KeyError, OSError, RuntimeError)  # what h5py raises for objects it cannot open
+DAMAGED = (KeyError, OSError, RuntimeError, TypeError, ValueError)  # what h5py raises for objects it cannot read
 
 
 def records(path: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -56,6 +56,8 @@ def structures(path: str, options: Mapping[str, Any]) -> Iterator[tuple[str, dic
                 yield from ragged(_datasets(path, root), options, str(path))
             else:
                 yield from _mesh(path, root, options)
+        except InputError:
+            raise
         except DAMAGED as error:
             raise InputError(f"{path}: cannot be read on ({error}); copy the file again") from error
 
