@@ -486,6 +486,8 @@ def test_the_page_tells_of_every_recipe_what_was_compared_and_what_is_open():
     lines = (DOCS / "large_corpora.md").read_text().splitlines()
     rows = {cells[1]: cells[2:-1] for line in lines if len(cells := [c.strip() for c in line.split("|")]) == 10}
     for recipe in list_recipes(large=True):
+        if recipe.domain == "text":
+            continue  # no geometry; not in this table
         gated = "yes" if any(source.gate for source in recipe.sources) else ""
         *told, compared, unclear = rows[f"`{recipe.name}`"]
         file = recipe.sources[0].file
