@@ -2,8 +2,9 @@
 
 Repeats the molecules of a real sample under new ids in as many shards as a build would write (the rows of a shard are
 copied in Arrow, so that a million take minutes), and measures in fresh processes: verifying and converting at the first
-open, opening after that, random access with pages that are not mapped yet and once more, and resident memory. A corpus
-of 10,000 stands beside it: what grows with the corpus shows.
+open, opening after that, random access with pages that are not mapped yet and once more, and resident memory; then what
+a mixture of the corpus needs in each of two ranks, for an epoch's plan and its first micro-batches. A corpus of 10,000
+stands beside it: what grows with the corpus shows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 SAMPLE = Path(__file__).parents[1] / "tests/data/corpora/qm9"
 ROWS = 27_500  # molecules in a shard of NODES_PER_SHARD nodes
 READS = 10_000
+STEPS, RANKS = 100, 2
 
 
 def write(folder: Path, num_structures: int) -> None:
@@ -71,6 +73,22 @@ def measure(folder: Path) -> dict[str, float]:
     return result
 
 
+def measure_mixture(folder: Path, rank: int) -> dict[str, float]:
+    """Times and memory of one rank, a fresh process, that plans an epoch and reads its part of the first steps."""
+    from moiety.training.config import DataConfig, SourceConfig
+    from moiety.training.mixture import Mixture
+
+    before = memory()
+    start = time.perf_counter()
+    mixture = Mixture.open(DataConfig((SourceConfig(str(folder)),), node_budget=4000, edge_budget=200_000))
+    result = {"rank": rank, "micro_batches_an_epoch": mixture.sources[0].num_batches}
+    result |= {"plan_s": time.perf_counter() - start, "plan_mb": memory() - before}
+    for step in range(STEPS):
+        mixture.read(mixture.micro_batch(RANKS * step + rank))
+        mixture.digest("", RANKS * step, RANKS * (step + 1))
+    return result | {"steps_mb": memory() - before}
+
+
 def memory() -> float:
     """MB of this process that are its own: pages of mapped files are the system's cache, and given back at need."""
     status = Path("/proc/self/status").read_text()
@@ -82,9 +100,10 @@ def main() -> int:
     parser.add_argument("--structures", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where the corpora go for the time of the run")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.measure)))
+        print(json.dumps(measure(args.measure) if args.rank is None else measure_mixture(args.measure, args.rank)))
         return 0
     folder = Path(tempfile.mkdtemp(prefix="corpus-scale-", dir=args.folder))
     try:
@@ -97,6 +116,13 @@ def main() -> int:
             for what in ("first open (hashes and converts)", "open"):
                 found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
                 print(what, json.dumps({name: round(value, 4) for name, value in found.items()}), flush=True)
+            ranks = [
+                subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
+                for rank in range(RANKS)
+            ]
+            for process in ranks:
+                found = json.loads(process.communicate()[0])
+                print("mixture", json.dumps({name: round(value, 4) for name, value in found.items()}), flush=True)
             for kind, pattern in (("Parquet", "*.parquet"), ("Arrow", ".arrow/*.arrow")):
                 size = sum(path.stat().st_size for path in corpus.glob(pattern))
                 print(f"{kind}: {size / 1e6:.0f} MB, {size / num_structures:.0f} bytes a structure", flush=True)

@@ -156,19 +156,25 @@ def bonded(structure: Structure) -> Chem.Mol | None:
 
 
 def _drop_bonds_across_rings(molecule: Chem.RWMol) -> None:
-    """Carbons across a small ring are near enough for a bond: a fifth one that is stretched is none.
+    """Atoms across a small ring are near enough for a bond: of a carbon with more than four, stretched ones are none.
 
-    Bonds of carboranes, whose carbons have six, are not stretched.
+    The most stretched go first, so the order of the atoms does not matter. Those of carboranes, whose carbons have six,
+    are not stretched.
     """
     table = Chem.GetPeriodicTable()
     positions = molecule.GetConformer().GetPositions()
-    for atom in molecule.GetAtoms():
-        if atom.GetAtomicNum() == 6 and atom.GetDegree() > 4:
-            for other in atom.GetNeighbors():
-                radii = table.GetRcovalent(6) + table.GetRcovalent(other.GetAtomicNum())
-                length = np.linalg.norm(positions[atom.GetIdx()] - positions[other.GetIdx()])
-                if length > STRETCHED * radii:
-                    molecule.RemoveBond(atom.GetIdx(), other.GetIdx())
+    stretch: dict[tuple[int, int], float] = {}
+    for bond in (bond for atom in molecule.GetAtoms() if _is_crowded(atom) for bond in atom.GetBonds()):
+        ends = bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()
+        radii = sum(table.GetRcovalent(atom.GetAtomicNum()) for atom in (bond.GetBeginAtom(), bond.GetEndAtom()))
+        stretch[ends] = float(np.linalg.norm(positions[ends[0]] - positions[ends[1]])) / radii
+    for ends in sorted(stretch, key=stretch.__getitem__, reverse=True):
+        if stretch[ends] > STRETCHED and any(_is_crowded(molecule.GetAtomWithIdx(end)) for end in ends):
+            molecule.RemoveBond(*ends)
+
+
+def _is_crowded(atom: Chem.Atom) -> bool:
+    return atom.GetAtomicNum() == 6 and atom.GetDegree() > 4
 
 
 def constitution(molecule: Chem.Mol) -> str:
