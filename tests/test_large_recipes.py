@@ -28,7 +28,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from pymatgen.core import Lattice
 from pymatgen.core import Structure as Crystal
 from rdkit import Chem
-from rdkit.Chem import AllChem
+from rdkit.Chem import AllChem, rdMolTransforms
 from torch_geometric.data import Data
 
 from moiety.data import declared
@@ -38,6 +38,7 @@ from moiety.data.download import obtain
 from moiety.data.structure import Structure
 from moiety.data.validate import Verdict, check
 from moiety.errors import InputError
+from moiety.models.vocabulary_moiety import ROLE_ID
 
 COUNT = 20
 DOCS = Path(__file__).parent.parent / "docs"
@@ -137,10 +138,16 @@ def test_models_of_the_alphafold_database_come_in_a_tar(tmp_path: Path):
 
 
 def pdbbind(folder: Path, missing: int = 2) -> Path:
-    """A refined set whose index lacks its last entries."""
+    """A refined set whose index lacks its last entries; the ligand is an ammonium ion 8 Å above the chain."""
+    ligand = Chem.AddHs(Chem.MolFromSmiles("[NH4+]"))
+    AllChem.EmbedMolecule(ligand, randomSeed=1)
+    shift = np.eye(4)
+    shift[2, 3] = 8.0
+    rdMolTransforms.TransformConformer(ligand.GetConformer(), shift)
     lines = ["# PDB code, resolution, release year, -logKd/Ki, Kd/Ki, reference, ligand name"]
     for index in range(COUNT):
         put(folder / f"refined-set/1a{index:02d}/1a{index:02d}_protein.pdb", chain(index).make_pdb_string())
+        put(folder / f"refined-set/1a{index:02d}/1a{index:02d}_ligand.sdf", Chem.MolToMolBlock(ligand) + "$$$$\n")
         lines.append(
             f"1a{index:02d}  {'NMR ' if index == 3 else '2.20'}  2012   {2 + index / 10:.2f}  Ki=10mM  // x (LIG)"
         )
@@ -153,7 +160,10 @@ def test_affinities_of_pdbbind_are_joined_and_missing_ones_counted(tmp_path: Pat
     labelled = [item for item in found if isinstance(item, Structure)]
     np.testing.assert_allclose([item.scalars["affinity"] for item in labelled], 2 + np.arange(18) / 10)
     assert labelled[0].groups["measured"] == "Ki=10mM" and labelled[0].groups["year"] == "2012"
-    np.testing.assert_allclose(labelled[5].positions, alpha_carbons(5), **PDB_DIGITS)
+    np.testing.assert_allclose(labelled[5].positions[:6], alpha_carbons(5), **PDB_DIGITS)
+    assert labelled[5].node_type[6:].tolist() == [7, 1, 1, 1, 1] and labelled[5].charge == 1
+    assert labelled[5].role.tolist() == [ROLE_ID["protein"]] * 6 + [ROLE_ID["ligand"]] * 5
+    assert labelled[5].positions[6:].mean(axis=0)[2] == pytest.approx(8, abs=0.5) and check(labelled[5]) is None
     without = [item for item in found if isinstance(item, Verdict)]
     assert [(item.ok, item.code, item.structure.scalars) for item in without if item.structure] == [
         (True, "missing-label", {})

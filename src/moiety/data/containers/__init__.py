@@ -67,7 +67,7 @@ KINDS = {
     "fasta": Kind("fasta", ()),
     "msgpack": Kind("msgpack_stream", ("conformers", "most")),
     "qm9_xyz": Kind("qm9_xyz", ()),
-    "files": Kind("files", ("all_atom",), (), True),
+    "files": Kind("files", ("all_atom", "ligand"), (), True),
     "sdf": Kind("sdf_stream", ()),
     "pickled": Kind("pickled", (), (), True),
 }  # fmt: skip
