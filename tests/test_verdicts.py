@@ -161,33 +161,6 @@ def test_bombs_are_refused_before_they_unfold(tmp_path):
     assert peak < 2**27
 
 
-PICKLE = b"cos\nsystem\n(S'touch RAN'\ntR."  # protocol 0, by hand: os.system("touch RAN")
-
-
-def test_nothing_in_a_file_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    array = b"\x93NUMPY\x01\x00\x46\x00" + f"{dict(descr='|O', fortran_order=False, shape=(1,))!s:<69}\n".encode()
-    call = "__import__('os').system('touch RAN')"
-    comment = f'a="!!python/object/apply:os.system [touch RAN]" b={{{call}}} c="_JSON {call}" d=[{call}]'
-    files = {
-        "pickle.xyz": PICKLE,
-        "array.extxyz": array + PICKLE,
-        "comment.extxyz": WATER.replace("water", comment).encode(),
-        "lattice.extxyz": WATER.replace("water", f'Lattice="{call}"').encode(),
-        "properties.extxyz": WATER.replace("water", f"Properties={call}").encode(),
-        "symbol.xyz": WATER.replace("O ", f"{call} ").encode(),
-        "entity.cif": b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><x>&a;</x>',
-        "operation.cif": HALITE.replace("'F m -3 m'", f'"{call}"').encode(),
-        "field.sdf": b"trap\n\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n> <x>\n"
-        + call.encode()
-        + b"\n\n$$$$\n",
-    }
-    for name, data in files.items():
-        Path(name).write_bytes(data)
-        assert list(verdicts(name)), name
-    assert not Path("RAN").exists()
-
-
 def many_operations() -> str:
     rows = "".join(f"'x+{i}/100003,y,z'\n" for i in range(100_000))
     return HALITE.replace("_symmetry_space_group_name_H-M 'F m -3 m'\n", f"loop_\n_symmetry_equiv_pos_as_xyz\n{rows}")

@@ -48,7 +48,9 @@ def ragged(arrays: Mapping[str, Any], options: Mapping[str, Any], where: str) ->
 
 
 def plain(value: Any) -> Any:
-    """Text for bytes, and what is inside an array of no dimension."""
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
+    """Text for bytes, also within arrays, which become lists; and what is inside an array of no dimension."""
+    if isinstance(value, np.ndarray) and (value.ndim == 0 or value.dtype.kind in "SO"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return value.decode(errors="replace") if isinstance(value, bytes) else value
