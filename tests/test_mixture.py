@@ -13,7 +13,7 @@ from moiety.data.shards import Corpus
 from moiety.errors import InputError
 from moiety.training import mixture as mixture_module
 from moiety.training.config import DataConfig, SourceConfig
-from moiety.training.mixture import Mixture
+from moiety.training.mixture import Mixture, pack
 
 CORPORA = Path(__file__).parent / "data/corpora"
 SIZES = {"small": 5000, "middle": 700, "one": 1}
@@ -215,3 +215,19 @@ def test_real_corpora_show_each_structure_once_an_epoch_on_any_number_of_ranks(
 def test_less_than_a_tenth_of_the_budget_is_wasted():
     mixture = make({"small": 1, "middle": 1}, node_budget=640, edge_budget=20_000)
     assert all(source.budget_used > 0.9 for source in mixture.sources)
+
+
+def test_structures_that_are_large_for_the_budget_fill_it_too():
+    nodes = np.sort(np.random.default_rng(0).integers(40, 257, 2000))[::-1]
+    packs = pack(nodes, nodes * 25, 640, 16_000)
+    assert np.array_equal(np.sort(np.concatenate(packs)), np.arange(2000))
+    filled = np.array([nodes[places].sum() for places in packs]) / 640
+    assert filled.max() <= 1 and filled.mean() > 0.95
+
+
+def test_a_run_that_resumes_late_finds_the_micro_batches_of_one_that_went_all_the_way():
+    through, late = make().sources[0], make().sources[0]
+    position = 3 * through.num_batches + 5
+    all_the_way = [through.batch(number) for number in range(position + 1)]
+    assert late.batch(position)[0] == all_the_way[-1][0]
+    np.testing.assert_array_equal(late.batch(position)[1], all_the_way[-1][1])

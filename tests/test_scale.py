@@ -19,7 +19,7 @@ from moiety.cli import main
 from moiety.data.build import build, list_recipes
 from moiety.data.engines import WorkerDied
 from moiety.data.parts import write_part
-from moiety.data.shards import Corpus, verify, write_corpus, write_manifest
+from moiety.data.shards import Corpus, Counts, verify, write_corpus, write_manifest
 from moiety.data.structure import Structure
 from moiety.data.validate import verdicts
 from moiety.errors import InputError
@@ -204,6 +204,15 @@ def test_ctrl_c_ends_all_workers(recipe: Path, tmp_path: Path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_counts_of_several_shards_are_read_where_they_lie():
+    of_shards = [np.arange(start, stop, dtype=np.int32) for start, stop in ((0, 10), (10, 11), (11, 11), (11, 40))]
+    counts = Counts(of_shards)
+    indices = np.random.default_rng(0).integers(0, 40, 100)
+    assert counts[indices].tolist() == indices.tolist()
+    assert np.asarray(counts).tolist() == list(range(40))
+    assert (len(counts), counts.sum(), counts[np.zeros(0, int)].tolist()) == (40, 780, [])
+
+
 def test_an_unknown_engine_is_refused(recipe: Path, tmp_path: Path):
     with pytest.raises(InputError, match="--engine spark: use one of processes, ray"):
         build(recipe, "full", tmp_path / "out", engine="spark")
@@ -218,6 +227,11 @@ def test_reading_holds_nothing_that_grows_with_the_corpus():
     assert (small["structures"], large["structures"]) == (10_000, 200_000)
     assert large["read_mb"] - small["read_mb"] < 10  # a byte a structure and column would be more
     assert large["open_mb"] < 10
+    mixtures = [
+        json.loads(line.removeprefix("mixture ")) for line in printed.splitlines() if line.startswith("mixture")
+    ]
+    assert [mixture["rank"] for mixture in mixtures] == [0, 1, 0, 1]
+    assert mixtures[3]["steps_mb"] - mixtures[1]["steps_mb"] < 3  # two counts and a place of each would be 4
 
 
 def test_a_collection_builds_what_changed_and_show_prints_one_table(
