@@ -7,7 +7,6 @@ alignment of each related pair is measured too. Relatives below about 30 % ident
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,20 +41,14 @@ def relatives(first: Sequence[str], second: Sequence[str]) -> list[Relative]:
     """Pairs across two sets whose alignment chance would not give (E = 0.1 in the whole comparison)."""
     sequences = [*first, *second]
     num_first = len(first)
-    length = max(map(len, sequences), default=0)
-    if not first or not second or length < engine.WORD:
-        return []
-    codes = engine.codes_of(sequences, length)
-    a, b, diagonal = engine.candidates(codes, length)
-    across = (a < num_first) & (b >= num_first)
-    a, b, diagonal = a[across], b[across], diagonal[across]
-    scores = engine.best_scores(codes, a, b, diagonal)
-    space = max(sum(map(len, first)), 1) * max(sum(map(len, second)), 1)
-    threshold = math.log(max(engine.K * space / engine.E_VALUE, 1.0)) / engine.LAMBDA
-    linked = scores >= threshold
+    codes = engine.codes_of(sequences)
+    found = engine.candidates(codes, num_first)
+    scores = engine.best_scores(codes, found.first, found.second, found.diagonal)
+    linked = scores >= engine.threshold(first, second, *engine.UNGAPPED, engine.E_VALUE)
     best: dict[tuple[int, int], Relative] = {}
     table = engine.score_table().reshape(engine.OTHER + 1, engine.OTHER + 1)
-    for i, j, shift, score in zip(a[linked], b[linked], diagonal[linked], scores[linked], strict=True):
+    columns = (found.first, found.second, found.diagonal, scores)
+    for i, j, shift, score in zip(*(column[linked] for column in columns), strict=True):
         pair = (int(i), int(j) - num_first)
         if pair not in best or score > best[pair].score:
             shorter = min(len(sequences[i]), len(sequences[j]))
