@@ -1,8 +1,9 @@
 """Ligands in their protein pockets, all atoms, from the test data of four packages: for evaluation only.
 
-A ligand is a residue of at least MIN_HEAVY heavy atoms that is no polymer, no water and nothing that crystals are grown
-or frozen in; its pocket is every residue with an atom within REACH of it. Atoms are those of the file: hydrogens are
-mostly absent, and so is the charge. PoseBusters stores ligands as SDF beside the proteins.
+A ligand is a residue of at least MIN_HEAVY heavy atoms that is no polymer, no water and none of NO_LIGANDS; its pocket
+is every residue with an atom within REACH of it. What is bonded to its pocket (glycans, acyl enzymes, heme c) is no
+complex. Atoms are those of the file: hydrogens are mostly absent, and so is the charge. PoseBusters stores ligands as
+SDF beside the proteins. The same ligand in the same pocket comes once, however many chains and files show it.
 """
 # Shapes: A atoms of the ligand, R of a residue.
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from difflib import SequenceMatcher
 from pathlib import PurePosixPath
 
 import gemmi
@@ -24,15 +25,26 @@ from moiety.data.splits import select, shuffled
 from moiety.data.structure import Array, Structure
 from moiety.models.vocabulary_moiety import ROLE_ID
 
-MIN_HEAVY, MAX_HEAVY = 8, 80
+MIN_HEAVY, MAX_HEAVY = 6, 80
 REACH = 8.0  # Å
 MIN_CONTACT, MAX_CONTACT = 1.9, 4.5  # Å, of heavy atoms: closer is a bond, further no complex
 MIN_RESIDUES = 5
-MAX_COPIES = 2  # of a ligand in one entry: a viral shell has dozens
-ADDITIVES = frozenset(
-    {"PEG", "PG4", "1PE", "P6G", "PGE", "MES", "EPE", "TRS", "BOG", "LDA", "OLA", "OLC", "DMU", "LMT", "CIT", "MPD"}
-    | {"NAG", "MAN", "BMA"}
-)
+SAME_POCKET = 0.9  # of the letters of two pockets that agree in order: above, they are one
+NO_LIGANDS = {  # why -> CCD and force field names
+    "cryoprotectant, precipitant or buffer": "GOL EDO PGO PGR MPD MRD PEG PG4 1PE P6G PGE PG0 2PE MES EPE TRS CIT FLC"
+    " TLA MLI MLA BTB IMD DIO BCN NHE CXS TAR",
+    "detergent": "BOG LDA DMU LMT BNG C8E LMU SDS CPS DDM",
+    "lipid of a membrane, or of its simulation": "CLR CHL POV POP PLM OLA OLC OLB PLY PC1 PCW PEE PEF PTY LPP 3PE CDL"
+    " DPP DPPC POPC POPE POPG DOPC CHL1 STE MYR",
+    "glycan": "NAG NDG MAN BMA GAL GLA FUC FUL BGC GLC XYP SIA",
+    "residue of a force field": "HSD HSE HSP HID HIE HIP CYX LYN ASH GLH ADE GUA CYT THY URA",
+}
+NO_LIGAND = frozenset(name for names in NO_LIGANDS.values() for name in names.split())
+KINDS = {  # groups["ligand_kind"] of cofactors and their analogues; of all others it is small-molecule
+    "nucleotide": "ATP ADP AMP AGS ANP ACP AP5 GTP GDP GNP GSP NAD NAI NAP NDP FAD FMN COA ACO SAM SAH TPP UDP CTP",
+    "heme": "HEM HEC HEA HEB SRM CLA BCL",
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 PARSERS = {
     ".pdb": gemmi.read_pdb_string,
     ".ent": gemmi.read_pdb_string,
@@ -44,19 +56,23 @@ Atoms = tuple[Array, Array]  # [A] atomic numbers, [A, 3] Å
 
 def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
     """Yields complexes in a hashed order; the same ligand in the same pocket comes once."""
-    seen: set[str] = set()
-    copies: Counter[str] = Counter()
+    pockets: dict[str, list[str]] = {}  # ligand -> its pockets so far
     found = []
     for name in sorted(archives):
         for complex_ in _complexes(archives[name]):
-            ligand = f"{complex_.groups['entry']}:{complex_.groups['ligand']}"
-            if complex_.groups["pocket"] not in seen and copies[ligand] < MAX_COPIES:
-                seen.add(complex_.groups["pocket"])
-                copies[ligand] += 1
+            known = pockets.setdefault(complex_.groups["ligand"], [])
+            pocket = complex_.groups["pocket"]
+            if not any(is_same(pocket, other) for other in known):
+                known.append(pocket)
                 found.append(complex_)
     found = [found[index] for index in shuffled((complex_.id for complex_ in found), salt="complexes")]
     for index in select(["test"] * len(found), options):
         yield found[index]
+
+
+def is_same(first: str, second: str) -> bool:
+    """Two pockets of one site: chains of one entry are numbered and cut differently, so that letters are compared."""
+    return SequenceMatcher(None, first, second, autojunk=False).ratio() > SAME_POCKET
 
 
 def _complexes(archive: Archive) -> Iterator[Structure]:
@@ -72,8 +88,7 @@ def _complexes(archive: Archive) -> Iterator[Structure]:
         prefix = f"{archive.source.package}:{name.split('.')[0]}"
         if (block := ligands.get(name.split("_")[0])) is not None:
             yield from _with_sdf(protein, block, prefix)
-        else:
-            yield from complexes_of(protein, prefix)
+        yield from complexes_of(protein, prefix)
 
 
 def _read(name: str, content: Callable[[], bytes]) -> gemmi.Structure | None:
@@ -102,11 +117,11 @@ def complexes_of(protein: gemmi.Structure, prefix: str) -> Iterator[Structure]:
 
 
 def is_ligand(residue: gemmi.Residue) -> bool:
-    """No polymer, no additive, and of a ligand's size."""
+    """No polymer, none of NO_LIGANDS, and of a ligand's size."""
     known = gemmi.find_tabulated_residue(residue.name)
     heavy = sum(atom.element.atomic_number > 1 for atom in residue)
     polymer = known.is_amino_acid() or known.is_nucleic_acid()
-    return residue.name not in ADDITIVES and not polymer and MIN_HEAVY <= heavy <= MAX_HEAVY
+    return residue.name not in NO_LIGAND and not polymer and MIN_HEAVY <= heavy <= MAX_HEAVY
 
 
 def _with_sdf(protein: gemmi.Structure, block: bytes, prefix: str) -> Iterator[Structure]:
@@ -153,7 +168,8 @@ def _complex(ligand: Atoms, name: str, identity: str, residues: list[tuple[str, 
             "split": "test",
             "ligand": name,
             "entry": identity.rsplit(":", 1)[0],
-            "pocket": f"{name}:" + "-".join(f"{residue.name}{residue.seqid}" for _, residue, _ in pocket),
+            "ligand_kind": KIND_OF.get(name, "small-molecule"),
+            "pocket": "".join(gemmi.find_tabulated_residue(r.name).fasta_code() for _, r, _ in pocket),
         },
     )
 

@@ -4,6 +4,9 @@ A substituted crystal is a guess, not a measurement: the prototype's fractional 
 groups of the periodic table, and the cell scaled isotropically by the cube root of (sum of cubed covalent radii, new /
 old), so that lengths suit the new elements. Angles and axis ratios stay those of the prototype; nothing is relaxed.
 
+Most of these stand at points of symmetry, where forces vanish. A rattled copy does not: its cell is strained and its
+atoms are displaced at random, by amounts that depend on its name alone.
+
 Where the extra `labels` is installed a teacher model (SevenNet-0) gives energy, forces and stress of all of them.
 """
 
@@ -12,19 +15,17 @@ from __future__ import annotations
 import gzip
 import json
 import random
-import warnings
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 import numpy as np
 from ase.data import covalent_radii
 from ase.geometry import cellpar_to_cell
-from pymatgen.analysis.prototypes import get_protostructure_label_from_spg_analyzer
 from pymatgen.core import Structure as Crystal
-from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
 from moiety.data.download import Archive
-from moiety.data.splits import select, shuffled, split_of
+from moiety.data.prototypes import prototype
+from moiety.data.splits import place, portion, select, shuffled, split_of
 from moiety.data.structure import Array, Structure
 from moiety.data.teachers import Labeller, SevenNet0, available
 from moiety.models.vocabulary_moiety import ELEMENT_ID, ELEMENTS
@@ -41,21 +42,23 @@ SUBSTITUTES = {
 MIN_CONTACT = 0.7  # of the sum of covalent radii: closer atoms are a bad guess
 MIN_VOLUME = 5.0  # Å^3 an atom (diamond has 5.7): light elements in a high-pressure prototype are another
 MAX_FORCE = 50.0  # eV/Å: beyond, the teacher extrapolates, and the structure stays without labels
-SYMMETRY_TOLERANCE = 0.01  # Å
+FAMILY_TOLERANCE = 0.1  # Å: descriptions of one structure with and without its last digits are one family
+RATTLE = 0.05  # Å, standard deviation of each coordinate
+MAX_STRAIN = 0.03
 SEED = 20261122
 
 
-def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
-    """Yields real and substituted crystals in a hashed order, at most `options["variants"]` of a prototype."""
-    aflow = list(_aflow(archives["pymatgen"]))
-    real = [*aflow, *_dcdft(archives["ase"])]
-    if "libncrystal-data" in archives:
-        real += _ncrystal(archives["libncrystal-data"])
-    for crystal in real:
-        _label(crystal)
-    crystals = real + [variant for crystal in aflow for variant in _substituted(crystal, options.get("variants", 0))]
-    crystals = [crystals[index] for index in shuffled((crystal.id for crystal in crystals), salt="crystals")]
-    chosen = (crystals[index] for index in select([crystal.groups["split"] for crystal in crystals], options))
+def parts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[int]:
+    """As many as the profile says: each repeats the search for prototypes, and labels its share."""
+    return list(range(options.get("parts", 1)))
+
+
+def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part: int) -> Iterator[Structure]:
+    """Yields real and substituted crystals in a hashed order, at most `options["variants"]` of a prototype.
+
+    Each is followed by `options["rattled"]` copies that are strained and rattled.
+    """
+    chosen = portion(_selected(archives, options), part, options.get("parts", 1))
     if not available(SevenNet0()):
         yield from chosen
         return
@@ -65,6 +68,21 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
                 crystal.energy = crystal.forces = crystal.stress = None
                 crystal.theory = ""
             yield crystal
+
+
+def _selected(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[Structure]:
+    """The crystals of all parts, without labels."""
+    aflow = list(_aflow(archives["pymatgen"]))
+    real = [*aflow, *_dcdft(archives["ase"])]
+    if "libncrystal-data" in archives:
+        real += _ncrystal(archives["libncrystal-data"])
+    for crystal in real:
+        _classify(crystal)
+    crystals = real + [variant for crystal in aflow for variant in _substituted(crystal, options.get("variants", 0))]
+    crystals = [crystals[index] for index in shuffled((crystal.id for crystal in crystals), salt="crystals")]
+    copies = [(crystal, copy) for crystal in crystals for copy in range(1 + options.get("rattled", 0))]
+    chosen = select([crystal.groups["split"] for crystal, _ in copies], options)
+    return [rattled(crystal, copy) if copy else crystal for crystal, copy in map(copies.__getitem__, chosen)]
 
 
 def notes(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[str]:
@@ -145,19 +163,35 @@ def _crystal(identity: str, numbers: list[int], positions: Array, cell: Array, n
     )
 
 
-def _label(crystal: Structure) -> None:
+def _classify(crystal: Structure) -> None:
     """Adds the prototype in AFLOW's notation (found from the symmetry, whatever the source says) and the split.
 
-    The split goes by formula and Pearson symbol alone: mirror images and close relatives of a prototype stay together.
+    The split goes by formula and Pearson symbol alone, with a generous tolerance: mirror images and close relatives of
+    a prototype stay together.
     """
+    family = "_".join(prototype(crystal, FAMILY_TOLERANCE).split("_")[:2])
+    split = split_of(family, salt="crystals")
+    crystal.groups |= {"prototype": prototype(crystal), "family": family, "split": split}
+
+
+def rattled(crystal: Structure, copy: int) -> Structure:
+    """A strained copy (each component of the strain up to MAX_STRAIN) whose atoms are displaced by RATTLE."""
     assert crystal.cell is not None
-    fractions = crystal.positions @ np.linalg.inv(crystal.cell)
-    analyzer = SpacegroupAnalyzer(Crystal(crystal.cell, crystal.node_type.tolist(), fractions), SYMMETRY_TOLERANCE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pymatgen: its own deprecations, and that argon has no electronegativity
-        prototype = get_protostructure_label_from_spg_analyzer(analyzer, raise_errors=True).split(":")[0]
-    family = "_".join(prototype.split("_")[:2])
-    crystal.groups |= {"prototype": prototype, "family": family, "split": split_of(family, salt="crystals")}
+    name = f"{crystal.id}:rattled{copy}"
+    rng = np.random.default_rng(int(place(name, "crystals:rattled") * 2**53))
+    strain = rng.uniform(-MAX_STRAIN, MAX_STRAIN, (3, 3))
+    deformation = np.eye(3) + (strain + strain.T) / 2
+    return Structure(
+        node_type=crystal.node_type,
+        positions=crystal.positions @ deformation + rng.normal(0, RATTLE, crystal.positions.shape),
+        domain="crystal",
+        id=name,
+        source="crystals",
+        cell=crystal.cell @ deformation,
+        pbc=np.ones(3, dtype=bool),
+        text=crystal.text,
+        groups=crystal.groups | {"origin": "rattled", "parent": crystal.id},
+    )
 
 
 def _substituted(crystal: Structure, variants: int) -> Iterator[Structure]:

@@ -20,7 +20,7 @@ from ase import build as ase_build
 from ase.data import covalent_radii
 
 from moiety.data.download import Archive
-from moiety.data.splits import place, select, shuffled
+from moiety.data.splits import place, portion, select, shuffled
 from moiety.data.structure import Array, Structure
 from moiety.data.teachers import Labeller, SevenNet0
 from moiety.models.vocabulary_moiety import ROLE_ID
@@ -42,7 +42,12 @@ HEIGHTS = (0.1, 3.0)  # Å, of the binding atom over the top layer
 BOX = 12.0  # Å, of the molecules that fix the references
 
 
-def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
+def parts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[int]:
+    """As many as the profile says: each labels its share of the candidates."""
+    return list(range(options.get("parts", 1)))
+
+
+def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part: int) -> Iterator[Structure]:
     """Yields, metal after metal, `options["of_metal"]` of its combinations of face, adsorbate and site."""
     candidates = [
         candidate
@@ -53,7 +58,7 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
     chosen = [candidates[index] for index in select(splits, options)]
     with Labeller(SevenNet0()) as labeller:
         references = atomic_references(labeller)
-        for metal, face, site, adsorbate in chosen:
+        for metal, face, site, adsorbate in portion(chosen, part, options.get("parts", 1)):
             structure = _structure(metal, face, site, adsorbate)
             if _label(structure, labeller, references):
                 yield structure

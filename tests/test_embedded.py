@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,22 @@ def test_a_damaged_label_is_computed_again(tmp_path: Path):
     spring = Spring()
     with Labeller(spring) as labeller:
         assert labeller(water()).energy > 0 and spring.asked == 1
+
+
+def label_many(numbers: range) -> None:
+    with Labeller(Spring()) as labeller:
+        for number in numbers:
+            labeller(water(charge=number))
+
+
+def test_two_processes_share_the_memory_of_a_teacher():
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        list(pool.map(label_many, [range(150), range(100, 250)]))
+    spring = Spring()
+    with Labeller(spring) as labeller:
+        for number in range(250):
+            assert labeller(water(charge=number)).energy == pytest.approx((water().positions ** 2).sum())
+    assert spring.asked == 0
 
 
 def test_labels_are_filled_in_where_the_teacher_knows_the_elements():
@@ -312,7 +330,54 @@ def test_interactions_vanish_with_the_distance_and_forces_balance():
         }
 
 
+def test_pairs_come_once_each_and_share_no_molecule_as_long_as_they_can():
+    module = load_recipe("interactions").module()
+    for size in range(9):
+        pairs = [tuple(sorted(pair)) for pair in module.pairs(size)]
+        assert len(pairs) == len(set(pairs)) == size * (size - 1) // 2
+        disjoint = [member for pair in pairs[: size // 2] for member in pair]
+        assert len(set(disjoint)) == len(disjoint)
+
+
+def test_a_molecule_under_two_names_belongs_to_the_first_split_that_has_it():
+    module = load_recipe("interactions").module()
+    other = water(id="WAT", groups={"split": "test"})
+    other.positions = other.positions[:, ::-1] * 1.01
+    methane = Structure(
+        np.array([6, 1, 1, 1, 1]), 0.63 * np.array([[0, 0, 0], [1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    )
+    methane.groups = {"split": "test"}
+    apart = Structure(np.array([1, 1, 1, 1]), np.array([[0, 0, 0], [0.74, 0, 0], [5, 0, 0], [5.74, 0, 0]]))
+    apart.groups = {"split": "val"}
+    found = module.distinct([other, water(id="HOH", groups={"split": "train"}), methane, apart])
+    assert [m.id for m in found["train"]] == ["HOH"] and found["val"] == [] and found["test"] == [methane]
+
+
 # crystals
+
+
+def test_a_rattled_copy_is_the_same_every_time_and_belongs_to_its_crystal():
+    module = load_recipe("crystals").module()
+    crystal = next(iter(Corpus.open(SAMPLES / "crystals")))
+    copy, again, other = (module.rattled(crystal, number) for number in (1, 1, 2))
+    assert np.array_equal(copy.positions, again.positions) and not np.allclose(copy.positions, other.positions)
+    strain = np.linalg.solve(crystal.cell, copy.cell) - np.eye(3)
+    assert 0.003 < np.abs(strain).max() <= 0.03 and strain == pytest.approx(strain.T, abs=1e-12)
+    moved = copy.positions - crystal.positions @ (np.eye(3) + strain)
+    assert 0.02 < moved.std() < 0.1
+    assert copy.groups["split"] == crystal.groups["split"] and copy.groups["origin"] == "rattled"
+    assert copy.groups["parent"] == crystal.id and len({crystal.id, copy.id, other.id}) == 3
+
+
+def test_a_crystal_written_with_fewer_digits_is_of_the_same_family():
+    module = load_recipe("crystals").module()
+    corners = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    exact = module._crystal("a", [29] * 4, corners * 3.6, 3.6 * np.eye(3), [])
+    blurred = module._crystal("b", [29] * 4, corners * 3.6 + 0.02 * np.eye(4, 3), 3.6 * np.eye(3), [])
+    for crystal in (exact, blurred):
+        module._classify(crystal)
+    assert exact.groups["prototype"] != blurred.groups["prototype"]
+    assert exact.groups["family"] == blurred.groups["family"] == "A_cF4"
 
 
 def test_crystals_carry_labels_of_a_named_teacher():
@@ -339,7 +404,7 @@ def test_without_the_teacher_crystals_are_built_without_labels_and_say_so(monkey
 def test_a_ligand_lies_in_its_pocket_and_is_bonded_to_nothing_of_it():
     for found in Corpus.open(SAMPLES / "complexes"):
         ligand, heavy = found.role == ROLE_ID["ligand"], found.node_type > 1
-        assert (found.role[~ligand] == ROLE_ID["protein"]).all() and 8 <= (ligand & heavy).sum() <= 80
+        assert (found.role[~ligand] == ROLE_ID["protein"]).all() and 6 <= (ligand & heavy).sum() <= 80
         distance = np.linalg.norm(found.positions[ligand & heavy, None] - found.positions[~ligand & heavy], axis=-1)
         assert 1.9 <= distance.min() <= 4.5
         assert found.chain.count("ligand") == ligand.sum() and found.text == [found.groups["ligand"]]
@@ -350,7 +415,7 @@ def test_additives_and_residues_are_no_ligands():
 
     module = load_recipe("complexes").module()
     verdicts = {}
-    for name, size in (("ATP", 31), ("PEG", 10), ("ALA", 10), ("DA", 20), ("ACY", 4)):
+    for name, size in (("ATP", 31), ("GOL", 6), ("CLR", 28), ("HSD", 10), ("ALA", 10), ("DA", 20), ("ACY", 4)):
         residue = gemmi.Residue()
         residue.name = name
         for _ in range(size):
@@ -358,4 +423,14 @@ def test_additives_and_residues_are_no_ligands():
             atom.element = gemmi.Element("C")
             residue.add_atom(atom)
         verdicts[name] = module.is_ligand(residue)
-    assert verdicts == {"ATP": True, "PEG": False, "ALA": False, "DA": False, "ACY": False}
+    assert verdicts.pop("ATP") and len(verdicts) == 6 and not any(verdicts.values())
+
+
+def test_a_ligand_in_one_site_of_several_chains_comes_once():
+    module = load_recipe("complexes").module()
+    site = "GSGKTTLLNALAGRLDPDYV"
+    assert module.is_same(site, "A" + site) and not module.is_same(site, "GPGVGKTLFALDRIEELTYW")
+    seen = [(c.groups["ligand"], c.groups["pocket"]) for c in Corpus.open(SAMPLES / "complexes")]
+    assert {c.groups["ligand_kind"] for c in Corpus.open(SAMPLES / "complexes")} >= {"nucleotide", "small-molecule"}
+    pairs = [(a, b) for place, a in enumerate(seen) for b in seen[:place] if a[0] == b[0]]
+    assert pairs and not any(module.is_same(a[1], b[1]) for a, b in pairs)

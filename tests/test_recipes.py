@@ -28,7 +28,7 @@ from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 SAMPLES = Path(__file__).parent / "data" / "corpora"
 NAMES = ("ccd", "complexes", "crystals", "flows", "interactions", "proteins", "qm9", "surfaces")
 FULL_COUNTS = {
-    "ccd": 46_730, "complexes": 34, "crystals": 3_031, "flows": 1_600, "interactions": 964,
+    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "interactions": 1_520,
     "proteins": 13_867, "qm9": 130_831, "surfaces": 1_307,
 }  # fmt: skip
 GROUP = {"crystals": "prototype", "flows": "field", "interactions": "pair", "proteins": "cluster", "surfaces": "metal"}
@@ -355,7 +355,7 @@ def test_a_substituted_crystal_keeps_angles_and_fractions_and_scales_with_the_ra
 
     module = load_recipe("crystals").module()
     salt = module._crystal("salt", [11, 17], [[0, 0, 0], [2.82, 0, 0]], 5.64 * (1 - np.eye(3)) / 2, [])
-    module._label(salt)
+    module._classify(salt)
     assert salt.groups["prototype"] == "AB_cF8_225_a_b"
     variants = list(module._substituted(salt, 5))
     assert len(variants) == 5 and all(set(v.node_type) != {11, 17} for v in variants)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 SPLITS = ("train", "val", "test")
+Item = TypeVar("Item")
 
 
 def place(key: str, salt: str) -> float:
@@ -35,3 +37,8 @@ def select(splits: Sequence[str], options: Mapping[str, int]) -> list[int]:
             left[split] -= 1
             chosen.append(index)
     return chosen
+
+
+def portion(items: Sequence[Item], part: int, num_parts: int) -> Sequence[Item]:
+    """The items of one of `num_parts` parts; together, in the order of the parts, they are all items in their order."""
+    return items[len(items) * part // num_parts : len(items) * (part + 1) // num_parts]
