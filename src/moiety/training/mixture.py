@@ -84,7 +84,7 @@ class Source:
         full = 0.0
         for position in range(self.num_batches):
             nodes_n, edges_n = self._sizes(self.batch(position)[1])
-            full += max(nodes_n.sum() / self._config.node_budget, edges_n.sum() / self._config.edge_budget)
+            full += float(max(nodes_n.sum() / self._config.node_budget, edges_n.sum() / self._config.edge_budget))
         return full / self.num_batches
 
     def _cut(self, number: int) -> list[np.ndarray]:
