@@ -242,8 +242,8 @@ def test_alexandria_and_matbench_and_jarvis(tmp_path: Path):
         for i in range(COUNT + 1)
     ]
     (tmp_path / "jdft_3d.json").write_text(json.dumps(items))
-    found = read("jarvis", tmp_path / "jdft_3d.json")
-    assert [(item.index, item.code) for item in found if isinstance(item, Verdict)] == [(1, "bad-label")]
+    found = good(read("jarvis", tmp_path / "jdft_3d.json"), COUNT + 1)
+    assert set(found[1].scalars) == {"formation_energy_peratom"}  # na is a label that is not there
     np.testing.assert_allclose(found[0].positions[1], [2, 2, 2], **EXACT)
 
 
@@ -302,12 +302,16 @@ def test_structure_files_in_archives(tmp_path: Path):
             writer.write(molecule)
     with tarfile.open(tmp_path / "pcqm.sdf.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "m.sdf", "m.sdf")
-    found = good(read("pcqm4mv2", tmp_path / "pcqm.sdf.tar.gz"))
+    rows = b"".join(b"%d,CCO,5\n" % i for i in range(COUNT))
+    (tmp_path / "data.csv.gz").write_bytes(gzip.compress(b"idx,smiles,homolumogap\n" + rows))
+    found = good(read("pcqm4mv2", tmp_path / "pcqm.sdf.tar.gz", tmp_path / "data.csv.gz"))
     np.testing.assert_allclose(found[0].positions, molecule.GetConformer().GetPositions(), rtol=0, atol=1e-4)
     ase.io.write(tmp_path / "0.extxyz", crystals())
     (tmp_path / "0.extxyz.xz").write_bytes(lzma.compress((tmp_path / "0.extxyz").read_bytes()))
+    (tmp_path / "0.txt.xz").write_bytes(lzma.compress(b"".join(b"random%d,frame0,-1.0\n" % i for i in range(COUNT))))
     with tarfile.open(tmp_path / "s2ef.tar", "w") as tar:
         tar.add(tmp_path / "0.extxyz.xz", "s2ef/0.extxyz.xz")
+        tar.add(tmp_path / "0.txt.xz", "s2ef/0.txt.xz")
     assert_crystals(good(read("oc20_s2ef", tmp_path / "s2ef.tar")))
 
 
