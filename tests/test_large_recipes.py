@@ -312,19 +312,10 @@ def test_frames_of_a_relaxation_of_oc22_stay_in_one_split(tmp_path: Path):
     rng, corners = np.random.default_rng(0), 2.0 * np.indices((2, 2, 2)).reshape(3, -1).T
     with environment.begin(write=True) as transaction:
         for index in range(120):
-            item = Data(
-                pos=torch.tensor(corners + rng.normal(scale=0.1, size=(8, 3)), dtype=torch.float32),
-                atomic_numbers=torch.tensor([8.0, 22.0] * 4),
-                cell=torch.eye(3)[None] * (10 + index / 100),
-                force=torch.full((8, 3), 0.01 * index),
-                y=-695.0 - index,
-                fixed=torch.zeros(8),
-                tags=torch.zeros(8, dtype=torch.long),
-                natoms=8,
-                nads=1,
-                sid=index // 3,
-                fid=index % 3,
-            )
+            fields = {"pos": corners + rng.normal(scale=0.1, size=(8, 3)), "force": np.full((8, 3), 0.01 * index)}
+            fields |= {"cell": np.eye(3)[None] * (10 + index / 100), "atomic_numbers": [8, 22] * 4, "fixed": [0] * 8}
+            tensors = {name: torch.tensor(value, dtype=torch.float32) for name, value in fields.items()}
+            item = Data(**tensors, y=-695.0 - index, natoms=8, nads=1, sid=index // 3, fid=index % 3)
             transaction.put(f"{index}".encode(), pickle.dumps(item))
         transaction.put(b"length", pickle.dumps(120))
     environment.close()
