@@ -20,15 +20,15 @@ SYMMETRY_TOLERANCE = 0.01  # Å, as in the crystals corpus
 
 def describe(structure: Structure) -> str:
     """A few sentences on a crystal. Lengths in Å, angles in degrees."""
-    crystal = Crystal(structure.cell, structure.node_type.tolist(), structure.positions, coords_are_cartesian=True)
+    crystal = _crystal(structure)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of elements without an electronegativity or a radius
         analyzer = SpacegroupAnalyzer(crystal, SYMMETRY_TOLERANCE)
         cell = analyzer.get_conventional_standard_structure().lattice
         sites = _sites(crystal, analyzer)
     names = f" ({', '.join(structure.text)})" if structure.text else ""
-    edges, angles = (_listed([f"{value:.{digits}f}" for value in values]) for values, digits in
-                     ((cell.abc, 2), (cell.angles, 1)))  # fmt: skip
+    edges = _listed([f"{length:.2f}" for length in cell.abc])
+    angles = _listed([f"{angle:.1f}" for angle in cell.angles])
     return " ".join(
         [
             f"{formula(structure)}{names} crystallizes in the {analyzer.get_crystal_system()} space group "
@@ -41,7 +41,12 @@ def describe(structure: Structure) -> str:
 
 def formula(structure: Structure) -> str:
     """The reduced formula of a crystal."""
-    return Crystal(structure.cell, structure.node_type.tolist(), structure.positions).composition.reduced_formula
+    return _crystal(structure).composition.reduced_formula
+
+
+def _crystal(structure: Structure) -> Crystal:
+    assert structure.cell is not None  # a crystal
+    return Crystal(structure.cell, structure.node_type.tolist(), structure.positions, coords_are_cartesian=True)
 
 
 def _sites(crystal: Crystal, analyzer: SpacegroupAnalyzer) -> list[str]:

@@ -4,7 +4,7 @@
 thousands of whole proteins: those that share a word of CLUSTER_WORD residues are one cluster, and a chain is found in a
 protein by a word of JOIN_WORD residues that both have on one diagonal.
 """
-# Shapes: S sequences, W words, P (chain, sequence, diagonal)s.
+# Shapes: S sequences, W words, P candidate (chain, sequence, diagonal)s.
 
 from __future__ import annotations
 
@@ -46,11 +46,8 @@ def contained(chains: Sequence[str], sequences: Sequence[str]) -> list[tuple[int
     hit = np.repeat(np.arange(len(there_W)), count)
     match = np.repeat(first, count) + np.arange(len(hit)) - np.repeat(np.cumsum(count) - count, count)
     found_P3 = np.unique(np.stack([chain_W[match], owner_W[hit], at_W[hit] - place_W[match]], axis=1), axis=0)
-    pairs = {
-        (chain, owner)
-        for chain, owner, diagonal in found_P3.tolist()
-        if _is_part(chains[chain], sequences[owner], diagonal)
-    }
+    candidates: list[list[int]] = found_P3.tolist()
+    pairs = {(c, s) for c, s, diagonal in candidates if _is_part(chains[c], sequences[s], diagonal)}
     return sorted(pairs)
 
 
