@@ -121,6 +121,21 @@ def test_a_crystal_that_was_never_wrapped_has_a_verdict():
         assert problem[0] == "too-spread-out"
 
 
+@pytest.mark.parametrize("spacing", [0.0, 0.31])
+def test_a_crowd_of_atoms_has_a_verdict_before_its_pairs_fill_the_memory(spacing):
+    grid = np.stack(np.meshgrid(*[np.arange(30)] * 3), axis=-1).reshape(-1, 3) * spacing
+    cell = np.eye(3) * max(30 * spacing, 1.0)
+    crowds = [Structure(np.ones(len(grid)), grid)]
+    crowds += [Structure(np.ones(len(grid)), grid, domain="crystal", cell=cell, pbc=np.array([True, True, False]))]
+    flat = Structure(np.ones(100), np.zeros((100, 3)), domain="crystal", cell=np.diag([900, 900, 0.6]), pbc=[True] * 3)
+    flat.positions[:, 0] = np.arange(100) * 0.4
+    for crowd in (*crowds, flat):
+        problem = check(crowd)
+        assert problem is not None
+        assert problem[0] == "overlap"
+        assert "nodes in a cube of 3.2 Å" in problem[1]
+
+
 def test_a_path_that_is_no_file_is_neither_opened_nor_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.xyz")
     (tmp_path / "folder.cif").mkdir()

@@ -28,6 +28,8 @@ MAX_CHARGE = 100_000  # of charge (e) and multiplicity: more is no number of ele
 UNIT_SYMPTOMS = ("overlap", "too-spread-out")  # what a wrong unit of length looks like
 UNITS = (("nm", 0.05, 0.25), ("bohr", 1.7, 2.1), ("pm", 50.0, 200.0))  # typical distances over covalent ones
 MAX_DENSE = 64  # nodes for which all pairs are cheaper than a tree
+MAX_CROWD = 32  # nodes in a cube of SEARCH: diamond has 6; with many more, pairs would fill the memory
+SAMPLE = 1_000  # nodes that tell the unit
 
 REMEDIES = {  # reason code -> what the user can do
     # the file
@@ -139,11 +141,12 @@ def wrong_unit(structure: Structure) -> Problem | None:
     from ase.data import covalent_radii
     from scipy.spatial import KDTree
 
-    distance, neighbour = map(np.asarray, KDTree(positions).query(positions, k=2))
+    sample = slice(None, None, -(-len(positions) // SAMPLE))
+    distance, neighbour = map(np.asarray, KDTree(positions).query(positions[sample], k=2))
     if not np.isfinite(distance).all():
         return None  # too far apart for a double
     radius = covalent_radii[node_type]
-    ratio = float(np.median(distance[:, 1] / (radius + radius[neighbour[:, 1]])))
+    ratio = float(np.median(distance[:, 1] / (radius[sample] + radius[neighbour[:, 1]])))
     bonding = np.isin(node_type, (1, 6, 7, 8)).mean() > 0.5
     unit = next((name for name, low, high in UNITS if low < ratio < high), None)
     if unit is None or (unit == "bohr" and not bonding):
@@ -188,7 +191,7 @@ def _first_problem(structure: Structure) -> tuple[str, str] | None:
     extent = float(np.ptp(positions, axis=0).max())
     if extent > MAX_LENGTH:  # periodic ones too: the neighbour search refuses them
         return "too-spread-out", f"the structure is {extent:.4g} Å long"
-    return _overlap(structure) or _bad_label(structure)
+    return _crowd(structure) or _overlap(structure) or _bad_label(structure)
 
 
 def _wrong_shape(structure: Structure) -> str | None:
@@ -230,6 +233,24 @@ def _cell_problem(cell: Array | None, pbc: Array) -> tuple[str, str] | None:
         return "tiny-cell", f"two faces of the cell are {heights.min():.3g} Å apart"
     if lengths.max() > MAX_LENGTH:
         return "huge-cell", f"a lattice vector of {lengths.max():.3g} Å"
+    return None
+
+
+def _crowd(structure: Structure) -> tuple[str, str] | None:
+    """Nodes by the dozen in one place, seen without listing their pairs; images in short directions count."""
+    positions, images = structure.positions, 1.0
+    if len(positions) <= MAX_DENSE:
+        return None
+    if structure.periodic:
+        vectors = np.asarray(structure.cell, dtype=np.float64)[np.asarray(structure.pbc, dtype=bool)]
+        inverse = np.linalg.pinv(vectors)
+        positions = positions - np.floor(positions @ inverse) @ vectors
+        images = np.maximum(SEARCH * np.linalg.norm(inverse, axis=0), 1.0).prod()
+    cubes = np.floor((positions - positions.min(axis=0)) / SEARCH).astype(np.int64)
+    _, counts = np.unique(cubes @ [1 << 42, 1 << 21, 1], return_counts=True)
+    crowd = counts.max() * images
+    if crowd > MAX_CROWD:
+        return "overlap", f"{crowd:.0f} nodes in a cube of {SEARCH} Å"
     return None
 
 

@@ -59,7 +59,7 @@ def rows(path: str, table: str, key: str, columns: list[str]) -> Iterator[tuple[
             for number, row in enumerate(cursor):
                 name = row[0] if row[0] is not None else number
                 yield str(name), dict(zip(wanted[1:], row[1:], strict=True))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # messages quote the file, whose text may be none
             raise InputError(f"{path}: cannot be read as SQLite ({error}); copy the file again") from None
 
 
