@@ -4,8 +4,8 @@ A substituted crystal is a guess, not a measurement: the prototype's fractional 
 groups of the periodic table, and the cell scaled isotropically by the cube root of (sum of cubed covalent radii, new /
 old), so that lengths suit the new elements. Angles and axis ratios stay those of the prototype; nothing is relaxed.
 
-Most of these stand at points of symmetry, where forces vanish. A rattled copy does not: its cell is strained and its
-atoms are displaced at random, by amounts that depend on its name alone.
+In a fifth of these all atoms stand at points of symmetry, where forces vanish. In a rattled copy they do not: its cell
+is strained and its atoms are displaced at random, by amounts that depend on its name alone.
 
 Where the extra `labels` is installed a teacher model (SevenNet-0) gives energy, forces and stress of all of them.
 """
