@@ -53,6 +53,28 @@ def test_every_file_is_expected_and_there_are_enough():
     assert len(told) >= 20
 
 
+WITHOUT_FILE = {"no-file", "not-a-file", "unknown-domain", "missing-field", "not-in-split", "duplicate-id"}
+
+
+def test_the_page_says_of_every_code_what_the_table_says_and_shows_a_file_that_gets_it():
+    page = (Path(__file__).parents[1] / "docs" / "validation.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.split("\n") if line.startswith("| `")]
+    assert {code.strip("`"): remedy for code, _, remedy, _ in rows} == REMEDIES
+    assert [code.strip("`") for code, *_ in rows] == list(REMEDIES)
+    shown = {code.strip("`"): example.strip("`") for code, _, _, example in rows if example.strip("`") in EXPECTED}
+    assert set(REMEDIES) - set(shown) == WITHOUT_FILE
+    assert all(code in EXPECTED[example]["codes"] for code, example in shown.items())
+
+
+def test_the_page_shows_what_check_prints(monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "validation.md").read_text()
+    command, *lines = page.split("$ moiety ")[1].split("\n```")[0].split("\n")
+    monkeypatch.chdir(FOLDER)
+    assert run(*command.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out + err).rstrip("\n").split("\n") == lines
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_file_gets_its_verdicts_and_notes(name, capfd):
     expected = EXPECTED[name]

@@ -64,7 +64,8 @@ def rows(path: str, table: str, key: str, columns: list[str]) -> Iterator[tuple[
 
 
 def _refuse_views(path: str, database: sqlite3.Connection, table: str) -> None:
-    kinds = dict(database.execute("SELECT name, type || ' ' || coalesce(sql, '') FROM sqlite_master"))
+    kind = "coalesce(type, '') || ' ' || coalesce(sql, '')"
+    kinds = dict(database.execute(f"SELECT CAST(coalesce(name, '') AS TEXT), {kind} FROM sqlite_master"))
     if table not in kinds:
         raise InputError(f"{path}: holds no table {table!r}; it has {', '.join(sorted(kinds))}")
     if not kinds[table].upper().startswith("TABLE CREATE TABLE"):
