@@ -1,6 +1,6 @@
 """Which chains of one set have a relative in the other: shared ungapped alignments, their identity and coverage.
 
-The words, diagonals and scores are those of the clustering that makes splits (`data.sequence_clusters`); here the best
+The seeds, diagonals and scores are those of the clustering that makes splits (`data.sequence_clusters`); here the best
 alignment of each related pair is measured too. Relatives below about 30 % identity over 100 residues are not found.
 """
 # Shapes: S sequences, P candidate (pair, diagonal)s, L longest sequence.
