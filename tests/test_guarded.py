@@ -18,6 +18,7 @@ from moiety.data.containers import records
 from moiety.errors import InputError
 
 CONFORMERS = {"layout": "conformers", "conformers": "r", "fields": ["z"]}
+LAST_PAGE = 16 + 24 + 2 * 48  # bytes into a meta page of LMDB: behind its header, four numbers and two roots
 
 
 def lmdb_of(path: Path, pairs: dict[bytes, bytes]) -> Path:
@@ -61,6 +62,21 @@ def test_large_values_and_types_come_back_as_they_were(tmp_path: Path):
     assert first["r"].dtype == ">f4"
     del first["r"]
     assert first == {"z": ["a", "bc"], "charge": -1, "name": "water", "flag": True}
+
+
+def test_an_lmdb_may_be_larger_than_the_memory_of_its_reader_and_a_folder(tmp_path: Path):
+    with (
+        lmdb.open(str(tmp_path / "folder"), map_size=4 << 30) as environment,
+        environment.begin(write=True) as put,
+    ):
+        put.put(b"key", b"value")
+    data = tmp_path / "folder" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    for page in (0, 4096):
+        struct.pack_into("<Q", content, page + LAST_PAGE, (3 << 30) // 4096)
+    data.write_bytes(content)
+    os.truncate(data, (3 << 30) + 4096)  # a hole: nothing is stored
+    assert list(guarded.stream("lmdb", str(tmp_path / "folder"))) == [[b"key", b"value"]]
 
 
 def test_a_reader_that_is_left_early_ends_its_process(tmp_path: Path):

@@ -21,7 +21,8 @@ import pytest
 import yaml
 
 from moiety.cli import main
-from moiety.data.readers import read_one
+from moiety.data.containers import KINDS, hdf5
+from moiety.data.readers import CIF, PDB, SDF, XYZ, read_one
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.data.validate import REMEDIES, check, verdicts, wrong_unit
@@ -251,7 +252,8 @@ def test_data_blocks_without_end_are_read_one_after_the_other(tmp_path):
     assert codes(path) == ["no-atoms"]
 
 
-def test_a_few_mutated_files_break_no_reader(tmp_path):
+@pytest.mark.parametrize("only", ["structures", pytest.param("containers", marks=pytest.mark.slow)])
+def test_a_few_mutated_files_break_no_reader(tmp_path, only):
     """10,000 and more: python tests/fuzz_readers.py"""
     script = Path(__file__).with_name("fuzz_readers.py")
     command = [
@@ -262,7 +264,7 @@ def test_a_few_mutated_files_break_no_reader(tmp_path):
         "--seed",
         "7",
         "--only",
-        "structures",
+        only,
         "--keep",
         tmp_path / "failed",
     ]
@@ -270,6 +272,16 @@ def test_a_few_mutated_files_break_no_reader(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "200 inputs" in result.stdout
     assert "no failure" in result.stdout
+
+
+def test_the_fuzzer_has_a_seed_of_every_container_layout_and_suffix(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    fuzz_readers = importlib.import_module("fuzz_readers")
+    read = [(container, options.get("layout")) for container, options, _ in fuzz_readers.CONTAINERS.values()]
+    assert {container for container, _ in read} == set(KINDS)
+    assert {layout for container, layout in read if container == "hdf5"} == set(hdf5.LAYOUTS)
+    names = [name.removesuffix(".gz").removesuffix(".xz") for name, _ in fuzz_readers.structure_seeds()]
+    assert {Path(name).suffix for name in names} == set(XYZ + SDF + CIF + PDB)
 
 
 def test_the_fuzzer_finds_exceptions_signals_and_hangs(tmp_path, monkeypatch):

@@ -92,12 +92,18 @@ def allow_time() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + CPU_SECONDS, hard))
 
 
+def size_of(path: str) -> int:
+    """Bytes of a file, or of the files of a folder; 0 where there is neither."""
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
 def answer(output: Any, task: str, arguments: list[Any]) -> None:
     """Writes every record of a task."""
     module, function, files = TASKS[task]
     records = getattr(importlib.import_module(module), function)
-    file_bytes = os.path.getsize(arguments[0]) if files and os.path.isfile(arguments[0]) else 0
-    harden(MEMORY + file_bytes, files)
+    harden(MEMORY + (size_of(arguments[0]) if files else 0), files)
     allow_time()
     pack: Any = msgpack.Packer().pack
     for number, record in enumerate(records(*arguments)):
