@@ -42,6 +42,7 @@ SECONDS = 2.0  # of one core, for one input
 PATIENCE = 20.0  # seconds on the clock before a worker is stopped; the machine may be busy
 MEMORY = 2**30  # bytes of address space beyond what the imported libraries take
 MAX_RECORDS = 1_000  # of one container
+MAX_INSIDE = 2**22  # bytes; more, and a mutation that repeats them would fill the memory itself
 LIMITS = Limits(member_bytes=2**26, total_bytes=2**28)
 NUMBERS = (
     b"1e308",
@@ -287,7 +288,9 @@ def mutated(seeds: list[tuple[str, bytes]], seed: int, number: int) -> tuple[str
     pack: Callable[[bytes], bytes] = bytes
     if rng.random() < 0.5:
         with suppress(OSError, EOFError, lzma.LZMAError, zlib.error):  # some seeds are damaged on purpose
-            data, pack = unpacked(Path(name).suffix, data, rng)
+            inside, packed = unpacked(Path(name).suffix, data, rng)
+            if len(inside) <= MAX_INSIDE:
+                data, pack = inside, packed
     for _ in range(rng.randint(1, 4)):
         data = rng.choice(MUTATIONS)(data, rng, rng.choice(seeds)[1])
     return name, pack(data)

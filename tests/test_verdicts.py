@@ -246,6 +246,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     assert time.perf_counter() - start < 30
 
 
+def test_a_name_that_gemmis_tables_do_not_hold_is_a_verdict(tmp_path):
+    text = (FOLDER / "peptide.mmcif").read_text()
+    assert text.count("ATOM 1 N N .") == 1
+    (tmp_path / "a.mmcif").write_text(text.replace("ATOM 1 N N .", "ATOM 1 N LONGNAME9 ."))
+    assert codes(tmp_path / "a.mmcif") == ["unreadable"]
+
+
 def test_data_blocks_without_end_are_read_one_after_the_other(tmp_path):
     path = tmp_path / "blocks.cif"
     path.write_text("".join(f"data_{i}\n_a {i}\n" for i in range(100_000)))

@@ -54,10 +54,10 @@ def from_gemmi(found: gemmi.Structure, all_atom: bool, num_models: int = 0) -> N
     if len(found) and found[0].count_atom_sites() > MAX_ATOMS:
         raise Rejected("too-many-nodes", f"{found[0].count_atom_sites()} atom records")
     notes = [f"the first of {num_models} models"] if num_models > 1 else []
-    notes += _file_notes(gemmi.FlatStructure(found))
+    notes += _file_notes(quietly(lambda: gemmi.FlatStructure(found)))  # refuses names of 8 characters
     found.remove_alternative_conformations()
     found.remove_waters()
-    flat: Any = gemmi.FlatStructure(found)  # its stubs call the arrays objects
+    flat: Any = quietly(lambda: gemmi.FlatStructure(found))  # its stubs call the arrays objects
     if len(flat.pos) == 0:
         raise Rejected("no-atoms", "no atom records but water, if any")
     res_name = _strings(flat.residue_names)
