@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import yaml
 
+from moiety.data import sequence_clusters
 from moiety.data.build import Recipe, build, list_recipes, load_recipe
 from moiety.data.download import Archive, Source, SourceUnavailable, cache_dir, fetch
 from moiety.data.sequence_clusters import cluster
 from moiety.data.shards import Corpus, verify
-from moiety.data.splits import select, shuffled
+from moiety.data.splits import portion, select, shuffled
 from moiety.data.structure import Structure
 from moiety.errors import InputError
 from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
@@ -375,6 +376,22 @@ def test_a_substituted_crystal_keeps_angles_and_fractions_and_scales_with_the_ra
 def test_the_permutation_is_fixed_for_ever():
     assert shuffled([f"dsgdb9nsd_{index:06d}.xyz" for index in range(1, 9)], "qm9") == [5, 6, 0, 2, 1, 7, 4, 3]
     assert select(["train", "val", "train", "test", "train"], {"train": 2, "val": 0}) == [0, 2, 3]
+
+
+def test_portions_are_the_whole_in_its_order():
+    for size in (0, 1, 7, 12):
+        parts = [portion(range(size), part, 4) for part in range(4)]
+        assert [item for part in parts for item in part] == list(range(size))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_relatives_whose_stretches_are_too_short_without_gaps_share_a_cluster(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(3)
+    chains = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 120)) for _ in range(60)]
+    gapped = "".join(chains[0][start : start + 6] for start in range(0, 120, 7))  # every seventh residue is gone
+    assert cluster([*chains, gapped]).tolist() == [*range(60), 0]
+    monkeypatch.setattr(sequence_clusters, "GAPPED_E_VALUE", 1e-99)
+    assert cluster([*chains, gapped]).tolist() == [*range(60), 60]
 
 
 def test_relatives_share_a_cluster_and_strangers_do_not():
