@@ -122,7 +122,7 @@ def _seeded(codes: Array, kinds: Sequence[str], pattern: str, num_first: int | N
     """The candidates of one kind of seed, block by block; a pair and diagonal may come several times."""
     sequence_W, place_W, word_W = _words(codes, kinds, pattern)
     margin = max(reach for reach, _ in STAGES)
-    padded = np.pad(codes, ((0, 0), (margin, margin + len(pattern))), constant_values=OTHER)
+    padded = _padded(codes, margin, margin + len(pattern))
     flat, scores = padded.reshape(-1), score_table()
     start_W = sequence_W * padded.shape[1] + place_W + margin
     for lag in range(1, int(np.unique(word_W, return_counts=True)[1].max(initial=0))):
@@ -155,6 +155,14 @@ def _words(codes: Array, kinds: Sequence[str], pattern: str) -> tuple[Array, Arr
     return sequence_W[order], place_W[order], word_W[order]
 
 
+def _padded(codes: Array, before: int, after: int) -> Array:
+    """[S, before + L + after] codes between OTHER."""
+    num, length = codes.shape
+    padded = np.full((num, before + length + after), OTHER, np.uint8)
+    padded[:, before : before + length] = codes
+    return padded
+
+
 def _around(flat: Array, scores: Array, a: Array, b: Array, before: int, after: int) -> Array:
     """[P] score of the best ungapped alignment within a window around the places a and b of `flat` (Kadane's scan)."""
     running, best = np.zeros(len(a), np.int16), np.zeros(len(a), np.int16)
@@ -168,7 +176,7 @@ def _around(flat: Array, scores: Array, a: Array, b: Array, before: int, after: 
 def best_scores(codes: Array, first: Array, second: Array, diagonal: Array) -> Array:
     """[P] score of the best ungapped local alignment on each diagonal."""
     length = codes.shape[1]
-    padded = np.pad(codes, ((0, 0), (length, length)), constant_values=OTHER)
+    padded = _padded(codes, length, length)
     flat, scores, width = padded.reshape(-1), score_table(), 3 * length
     a, b = first * width + length, second * width + length + diagonal
     blocks = [slice(start, start + BLOCK) for start in range(0, len(first), BLOCK)]
