@@ -30,7 +30,7 @@ def structure(kind: str) -> Structure:
         return Corpus.open(CORPORA / "qm9", split="train")[3]
     if kind == "crystal":
         crystals = Corpus.open(CORPORA / "crystals", split="train")
-        return crystals[int(np.argmin(np.abs(crystals.num_nodes - 6)))]
+        return crystals[int(np.argmin(np.abs(np.asarray(crystals.num_nodes) - 6)))]
     protein = Corpus.open(CORPORA / "proteins", split="train")[0]
     if kind == "protein":
         return protein
