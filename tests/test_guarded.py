@@ -105,13 +105,6 @@ def test_a_fault_of_ours_is_no_fault_of_the_file(tmp_path: Path):
         list(guarded.stream("sqlite", str(tmp_path / "a.db"), "table"))
 
 
-def test_memory_that_a_file_asks_for_is_bounded(tmp_path: Path):
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("r", data=np.zeros((1, 1 << 24, 16)), chunks=(1, 1 << 24, 16), compression="gzip")
-    with pytest.raises(InputError, match=r"a\.h5: needs more memory than it may have"):
-        list(records(tmp_path / "a.h5", "hdf5", CONFORMERS))
-
-
 def test_hdf5_that_declares_what_it_does_not_store_is_refused(tmp_path: Path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("r", (1 << 40, 1, 3), "f8", chunks=(1 << 16, 1, 3))
