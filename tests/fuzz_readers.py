@@ -146,7 +146,7 @@ def main() -> int:
 def run(seeds: list[tuple[str, bytes]], seed: int, count: int, workers: int, folder: Path) -> Iterator[Result]:
     """The result of every input, as the workers finish. One that dies or hangs is replaced."""
     context = multiprocessing.get_context("fork")  # the libraries are imported once
-    warm_up()
+    warm_up(seeds)
     numbers = iter(range(count))
     at_work: dict[Connection, tuple[Any, int, float]] = {}
 
@@ -267,7 +267,7 @@ def store(structure: Any) -> None:
     table_from([structure], np.zeros(1, dtype=np.int32))
 
 
-def warm_up() -> None:
+def warm_up(seeds: list[tuple[str, bytes]]) -> None:
     """Imports what readers import at first use."""
     from moiety.data.validate import verdicts
 
@@ -275,7 +275,7 @@ def warm_up() -> None:
         for verdict in verdicts(DATA / "files" / name):
             store(verdict.structure)
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in container_seeds(Path(folder)):
+        for name, data in {name: data for name, data in seeds if name in CONTAINERS}.items():
             path = Path(folder) / f"0-{name}"
             path.write_bytes(data)
             assert not read(path)

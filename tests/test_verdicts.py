@@ -306,7 +306,7 @@ def test_the_fuzzer_finds_exceptions_signals_and_hangs(tmp_path, monkeypatch):
         return ""
 
     monkeypatch.setattr(fuzz_readers, "read", read)
-    monkeypatch.setattr(fuzz_readers, "warm_up", lambda: None)
+    monkeypatch.setattr(fuzz_readers, "warm_up", lambda seeds: None)
     monkeypatch.setattr(fuzz_readers, "PATIENCE", 1.0)
     results = fuzz_readers.run([("a.xyz", WATER.encode())], seed=0, count=5, workers=2, folder=tmp_path)
     failures = {result.number: result.failure.split(":")[0] for result in results}
