@@ -218,6 +218,11 @@ def test_rock_salt_is_described_by_its_symmetry_cell_and_neighbours():
     )
 
 
+def test_of_an_element_without_a_radius_symmetry_and_cell_are_told():
+    californium = Structure(np.array([98]), np.zeros((1, 3)), cell=3 * np.eye(3), pbc=np.ones(3, bool))
+    assert describe(californium).endswith("3.00 Å, its angles 90.0, 90.0 and 90.0 degrees.")
+
+
 # the sample
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 
 from pymatgen.analysis.local_env import CrystalNN
+from pymatgen.analysis.molecule_structure_comparator import CovalentRadius
 from pymatgen.core import Structure as Crystal
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
@@ -50,7 +51,12 @@ def _crystal(structure: Structure) -> Crystal:
 
 
 def _sites(crystal: Crystal, analyzer: SpacegroupAnalyzer) -> list[str]:
-    """One sentence a kind of site: sites of one element with the same neighbours are one kind."""
+    """One sentence a kind of site: sites of one element with the same neighbours are one kind.
+
+    None of a crystal with an element whose radius is not known (Cf): CrystalNN needs it.
+    """
+    if any(element.symbol not in CovalentRadius.radius and not element.atomic_radius for element in crystal.elements):
+        return []
     dataset = analyzer.get_symmetry_dataset()
     equivalent = dataset.equivalent_atoms.tolist()
     finder = CrystalNN()
