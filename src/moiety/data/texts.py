@@ -115,10 +115,11 @@ def _flush(texts: Sequence[Text], folder: Path, result: TextPart) -> np.ndarray:
     return np.array([id_hash(text.id) for text in texts], dtype=np.uint64)
 
 
-def kinds(results: Iterable[TextPart]) -> dict[str, int]:
+def kinds(results: Iterable[PartResult]) -> dict[str, int]:
     """How many texts of each kind all parts hold, for the manifest."""
     total: Counter[str] = Counter()
     for result in results:
+        assert isinstance(result, TextPart)
         total.update(result.kinds)
     return dict(total.most_common())
 
