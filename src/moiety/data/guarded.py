@@ -23,7 +23,7 @@ import numpy as np
 from moiety.errors import InputError
 
 SECONDS = 120  # of wall time without a word from the child
-BLOCK = 1 << 20  # bytes read at a time
+BLOCK = 1 << 18  # bytes read at a time
 MAX_RECORD = (1 << 32) - 1  # bytes of one record; the child's memory is less
 CHILD = Path(__file__).with_name("guarded_child.py")
 
