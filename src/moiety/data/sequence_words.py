@@ -25,13 +25,17 @@ MIN_IDENTITY, MIN_COVERAGE = 0.9, 0.8  # of a chain that is part of a sequence
 
 
 def clusters(sequences: Sequence[str]) -> Array:
-    """[S] cluster of each sequence: the connected components of sharing a word."""
+    """[S] cluster of each sequence: the connected components of sharing a word, or of being equal."""
     word_W, owner_W, _ = _words(sequences, CLUSTER_WORD)
     order = np.argsort(word_W, kind="stable")
     word_W, owner_W = word_W[order], owner_W[order]
     same = word_W[1:] == word_W[:-1]
-    links = (np.ones(same.sum(), bool), (owner_W[:-1][same], owner_W[1:][same]))
-    return connected_components(coo_array(links, shape=(len(sequences),) * 2), directed=False)[1]
+    seen: dict[str, int] = {}
+    first_S = np.array([seen.setdefault(sequence, place) for place, sequence in enumerate(sequences)], np.int64)
+    a = np.concatenate([owner_W[:-1][same], np.arange(len(sequences))])
+    b = np.concatenate([owner_W[1:][same], first_S])
+    links = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(sequences),) * 2)
+    return connected_components(links, directed=False)[1]
 
 
 def contained(chains: Sequence[str], sequences: Sequence[str]) -> list[tuple[int, int]]:
