@@ -59,8 +59,10 @@ def test_a_command_of_the_pages_exists(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a small export and adapter where the pages expect them."""
+    """A directory with a small export, adapter and corpora where the pages expect them."""
     place = tmp_path_factory.mktemp("pages")
+    (place / "corpora").mkdir()
+    (place / "corpora/tiny").symlink_to(ROOT / "tests/data/corpora")
     export = place / "runs/quickstart/export"
     torch.manual_seed(0)
     config = MoietyConfig(hidden_size=32, num_layers=2, num_heads=2, edge_channels=16)
