@@ -58,7 +58,7 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part
 
     Each is followed by `options["rattled"]` copies that are strained and rattled.
     """
-    chosen = portion(_selected(archives, options), part, options.get("parts", 1))
+    chosen = portion(unlabelled(archives, options), part, options.get("parts", 1))
     if not available(SevenNet0()):
         yield from chosen
         return
@@ -70,8 +70,8 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part
             yield crystal
 
 
-def _selected(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[Structure]:
-    """The crystals of all parts, without labels."""
+def unlabelled(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[Structure]:
+    """The crystals of all parts, before the teacher sees them."""
     aflow = list(_aflow(archives["pymatgen"]))
     real = [*aflow, *_dcdft(archives["ase"])]
     if "libncrystal-data" in archives:

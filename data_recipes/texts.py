@@ -58,12 +58,34 @@ def keep_strictest(holders: dict[Key, Holder], key: Key, holder: Holder) -> None
         holders[key] = holder
 
 
-def texts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Text | Verdict]:
-    """Yields names, IUPAC names, headers and descriptions. Each kind has an even share of what `options` want.
+def parts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[str]:
+    """What is read together: names and IUPAC names share the keys of molecules."""
+    return ["molecules", *(["headers"] if {"promod3-data", "mmseqs2-examples"} <= set(archives) else []), "crystals"]
+
+
+def texts(archives: Mapping[str, Archive], options: Mapping[str, int], part: str) -> Iterator[Text | Verdict]:
+    """Yields names and IUPAC names, headers, or descriptions. Each kind has an even share of what `options` want.
 
     Names and descriptions come in the order of their corpora, so that a small profile speaks of the structures of small
     profiles; the others in a hashed order.
     """
+    shares = [
+        {split: (options[split] + place) // KINDS for split in SPLITS if split in options} for place in range(KINDS)
+    ]
+    if part == "molecules":
+        yield from _molecules(archives, *shares[:2])
+    elif part == "headers":
+        yield from _chosen(_mixed(_headers(archives)), shares[2])
+    else:
+        found = load_recipe("crystals").module().unlabelled(archives, {})
+        crystals = [crystal for crystal in found if check(crystal) is None]
+        for index in select([crystal.groups["split"] for crystal in crystals], shares[3]):
+            yield _description(crystals[index])
+
+
+def _molecules(
+    archives: Mapping[str, Archive], of_names: Mapping[str, int], of_iupac: Mapping[str, int]
+) -> Iterator[Text | Verdict]:
     holders: dict[str, Holder] = {}
     for molecule in _structures("qm9", archives):
         if key := constitution(molecule.text[0]):
@@ -72,17 +94,8 @@ def texts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterat
     keys = _component_keys(archives["biotite"], components)
     for component in components:
         keep_strictest(holders, keys[component.id], Holder("ccd", component.id, component.groups["split"]))
-
-    shares = [
-        {split: (options[split] + place) // KINDS for split in SPLITS if split in options} for place in range(KINDS)
-    ]
-    yield from _chosen(list(_names(components, keys, holders)), shares[0])
-    yield from _chosen(_mixed(_iupac(archives["robocrys"], holders)), shares[1])
-    if {"promod3-data", "mmseqs2-examples"} <= set(archives):
-        yield from _chosen(_mixed(_headers(archives)), shares[2])
-    crystals = list(_structures("crystals", archives))
-    for index in select([crystal.groups["split"] for crystal in crystals], shares[3]):
-        yield _description(crystals[index])
+    yield from _chosen(list(_names(components, keys, holders)), of_names)
+    yield from _chosen(_mixed(_iupac(archives["robocrys"], holders)), of_iupac)
 
 
 def _structures(name: str, archives: Mapping[str, Archive]) -> Iterator[Structure]:

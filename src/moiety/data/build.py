@@ -63,6 +63,7 @@ class Recipe:
     units: Mapping[str, str] = field(default_factory=dict)  # label name -> unit
     theory: str = ""  # level of theory of the labels
     reader: Mapping[str, Any] = field(default_factory=dict)  # container and fields; instead of a module
+    uses: tuple[str, ...] = ()  # recipes whose structures its module reads: they are part of the fingerprint
     traps: tuple[str, ...] = ()  # what goes wrong with this corpus elsewhere
     checked: tuple[str, ...] = ()  # what agrees with a public source, and which
     unconfirmed: tuple[str, ...] = ()  # details that could not be checked against the corpus or such a source
@@ -101,7 +102,7 @@ class Recipe:
             from moiety.data import declared_texts
 
             return declared_texts.texts(self, archives, options, part)
-        return self.module().texts(archives, options)
+        return self.module().texts(archives, options, part)
 
     def notes(self, archives: Mapping[str, Archive], options: Mapping[str, Any]) -> list[str]:
         """What the manifest has to say about this build, such as labels that are missing."""
@@ -116,14 +117,15 @@ class Recipe:
         return _loaded(path, path.read_bytes())
 
     def fingerprint(self) -> str:
-        """A hash of the YAML and of the reader: the same recipe makes the same corpus."""
+        """A hash of the YAML, of the reader and of the recipes it uses: the same recipe makes the same corpus."""
         if self.reader:
             from moiety.data import declared
 
             reader = declared.code()
         else:
             reader = self.path.with_suffix(".py").read_bytes()
-        return hashlib.sha256(self.path.read_bytes() + reader).hexdigest()
+        used = "".join(load_recipe(name).fingerprint() for name in self.uses)
+        return hashlib.sha256(self.path.read_bytes() + reader + used.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def load_recipe(recipe: str | Path) -> Recipe:
         _check_keys(entry, Source, set(), f"{path}: sources")
     sources = tuple(Source(**{**entry, "member": tuple(entry.get("member", ("*",)))}) for entry in content["sources"])
     content["profiles"] = {name: options or {} for name, options in content["profiles"].items()}
-    content |= {key: tuple(content[key]) for key in ("traps", "checked", "unconfirmed") if key in content}
+    content |= {key: tuple(content[key]) for key in ("uses", "traps", "checked", "unconfirmed") if key in content}
     return Recipe(**{**content, "sources": sources, "path": path})
 
 
