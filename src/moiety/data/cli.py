@@ -192,6 +192,7 @@ def _show(path: Path, manifest: dict[str, Any], as_json: bool) -> None:
     rows = [
         ["corpus", str(path)],
         ["texts" if is_text else "structures", f"{counts['ok']:,} of {counts['in']:,}; rejected: {rejected}"],
+        *([["noted", _counted(manifest["noted"])]] if "noted" in manifest else []),
         ["splits", _counted(manifest["splits"])],
         ["domains", _counted(manifest["domains"])],
         ["kinds", _counted(manifest["kinds"])]
