@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ def test_a_command_of_the_pages_exists(command: str) -> None:
             assert known is not None, word
         options = {option for parameter in known.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= options
+    elif words[:2] == ["python", "-m"]:
+        assert find_spec(words[2]) is not None
     else:
         script = next(word for word in words if word.endswith(".py"))
         assert (ROOT / script).is_file()

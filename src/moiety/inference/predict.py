@@ -15,7 +15,12 @@ from moiety.errors import InputError
 from moiety.inference.loading import batches, read_model_config
 
 PER_NODE = ("node", "vector")  # kinds of task heads that answer for every node
-UNDEFINED = {"value": None, "unit": "", "note": "a periodic structure has no dipole moment of its own"}
+DERIVED = {  # what a head of kind "energy" brings along
+    "forces": {"kind": "vector", "unit": "eV/Å"},
+    "stress": {"kind": "stress", "unit": "eV/Å^3"},
+}
+NO_DIPOLE = {"value": None, "unit": "", "note": "a periodic structure has no dipole moment of its own"}
+NO_STRESS = {"value": None, "unit": "", "note": "only a structure that is periodic in all directions has a stress"}
 
 
 @dataclass(frozen=True)
@@ -29,24 +34,28 @@ class Predictor:
     def __call__(self, structures: list[Structure]) -> list[dict[str, Any]]:
         """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}.
 
-        A periodic structure has no dipole moment of its own: its value is None, and a note says so.
+        What a structure does not have (the dipole moment of a crystal, the stress of a molecule) is None, with a note.
         """
         with torch.no_grad():
             output = self.model(**self.processor(structures))
         sizes = [structure.num_nodes for structure in structures]
-        values = {
-            name: value.split(sizes) if self.tasks[name]["kind"] in PER_NODE else value
+        tasks = self.tasks | DERIVED
+        parts = {
+            name: value.split(sizes) if tasks[name]["kind"] in PER_NODE else value
             for name, value in output.predictions.items()
         }
         return [
-            {
-                name: UNDEFINED
-                if structure.periodic and self.tasks[name]["kind"] == "dipole_norm"
-                else {"value": parts[b].tolist(), "unit": self.tasks[name].get("unit", "")}
-                for name, parts in values.items()
-            }
+            {name: _told(structure, tasks[name], values[b]) for name, values in parts.items()}
             for b, structure in enumerate(structures)
         ]
+
+
+def _told(structure: Structure, task: dict[str, Any], value: torch.Tensor) -> dict[str, Any]:
+    if task["kind"] == "dipole_norm" and structure.periodic:
+        return NO_DIPOLE
+    if task["kind"] == "stress" and (structure.pbc is None or not structure.pbc.all()):
+        return NO_STRESS
+    return {"value": value.tolist(), "unit": task.get("unit", "")}
 
 
 def load_predictor(model_dir: Path, adapter_dir: Path | None = None) -> Predictor:

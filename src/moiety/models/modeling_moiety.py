@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -26,7 +28,7 @@ from .blocks_moiety import (
 )
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
-from .vocabulary_moiety import DOMAINS, ROLES, node_scale
+from .vocabulary_moiety import DOMAINS, ELEMENTS, ROLES, node_scale
 
 NOISE_UNIT = 0.05  # Å: where the logarithm of the noise level is zero
 
@@ -275,18 +277,32 @@ class TaskHead(nn.Module):
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
     - node: invariant scalar per node [N]
     - vector: vector per node [N,3]
+    - energy: sum over nodes of an invariant scalar and of `references`, the energy of each element (symbol -> eV) [B];
+      `MoietyForPrediction` takes forces and stress from its derivatives
 
-    The network works in standard units; the prediction is mean + std * output, in the task's unit.
+    The network works in standard units; the prediction is mean + std * output, in the task's unit (energy: a node's).
     """
 
-    KINDS = ("mean", "sum", "dipole_norm", "node", "vector")
+    KINDS = ("mean", "sum", "dipole_norm", "node", "vector", "energy")
 
-    def __init__(self, config: MoietyConfig, kind: str, mean: float = 0.0, std: float = 1.0, unit: str = ""):
+    def __init__(
+        self,
+        config: MoietyConfig,
+        kind: str,
+        mean: float = 0.0,
+        std: float = 1.0,
+        unit: str = "",
+        references: dict[str, float] | None = None,
+    ):
         super().__init__()
         if kind not in self.KINDS:
             raise ValueError(f"task kind {kind!r} is not one of {', '.join(self.KINDS)}")
         channels, inner = config.hidden_size, config.hidden_size // 2
+        if references and kind != "energy":
+            raise ValueError(f"a task of kind {kind!r} has no references; those are energies of elements")
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
+        of_elements = [(references or {}).get(symbol, 0.0) for symbol in ELEMENTS]
+        self.references = [0.0, *of_elements, *[0.0] * (config.vocab_size - 1 - len(of_elements))]  # by node type
         if kind != "vector":
             # charges are multiplied by Å: large random ones leave a norm in a poor minimum for some seeds
             last = ScaledLinear(inner, 1, gain=0.1 if kind == "dipole_norm" else 1.0)
@@ -294,10 +310,15 @@ class TaskHead(nn.Module):
         if kind in ("vector", "dipole_norm"):
             self.vector = VectorHead(config)
 
-    def forward(self, features: Tensor, positions: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+    def forward(
+        self, features: Tensor, positions: Tensor, node_type: Tensor, graph_index: Tensor, num_graphs: int
+    ) -> Tensor:
         if self.kind == "vector":
             return self.std * self.vector(features)
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
+        if self.kind == "energy":
+            reference_N = positions.new_tensor(self.references)[node_type]
+            return sum_per_graph(self.mean + self.std * scalar_N + reference_N, graph_index, num_graphs)
         if self.kind == "mean":
             value = mean_per_graph(scalar_N, graph_index, num_graphs)
         elif self.kind == "sum":
@@ -313,19 +334,84 @@ class TaskHead(nn.Module):
 
 
 class MoietyForPrediction(MoietyPreTrainedModel):
-    """Trunk with the task heads named in `config.tasks`; all of them run, in the order of the config."""
+    """Trunk with the task heads named in `config.tasks`; all of them run, in the order of the config.
+
+    With a head of kind "energy" the predictions also hold its exact derivatives: "forces" [N,3] eV/Å and, for
+    structures periodic in three directions, "stress" [B,3,3] eV/Å^3 (positive under tension; else NaN).
+    """
 
     def __init__(self, config: MoietyConfig):
         super().__init__(config)
+        tasks = config.tasks or {}
+        energies = [name for name, spec in tasks.items() if spec.get("kind") == "energy"]
+        if len(energies) > 1:
+            raise ValueError(f"tasks {', '.join(energies)}: one head of kind energy, or whose forces are meant?")
+        if energies and (taken := {"forces", "stress"} & set(tasks)):
+            raise ValueError(
+                f"task {', '.join(sorted(taken))}: is the derivative of {energies[0]}; leave one of them out"
+            )
+        self.energy = energies[0] if energies else None
         self.moiety = MoietyModel(config)
-        self.heads = nn.ModuleDict({name: TaskHead(config, **spec) for name, spec in (config.tasks or {}).items()})
+        self.heads = nn.ModuleDict({name: TaskHead(config, **spec) for name, spec in tasks.items()})
         self.post_init()
 
     def forward(self, positions: Tensor, **inputs: Any) -> MoietyPredictionOutput:
         """Takes the inputs of `MoietyModel`; `predictions` maps each task to its values, in the task's unit."""
-        trunk = self.moiety(positions=positions, **inputs)
-        read = (trunk.node_features, positions, trunk.graph_index, len(trunk.graph_features))
+        if self.energy is None:
+            return self._read(positions, **inputs)
+        return self._conservative(self.energy, positions, **inputs)
+
+    def _read(self, positions: Tensor, node_type: Tensor, **inputs: Any) -> MoietyPredictionOutput:
+        trunk = self.moiety(positions=positions, node_type=node_type, **inputs)
+        read = (trunk.node_features, positions, node_type, trunk.graph_index, len(trunk.graph_features))
         return MoietyPredictionOutput(predictions={name: head(*read) for name, head in self.heads.items()}, **trunk)
+
+    def _conservative(
+        self,
+        energy: str,
+        positions: Tensor,
+        graph_index: Tensor,
+        edge_index: Tensor,
+        edge_shift: Tensor,
+        cell: Tensor,
+        pbc: Tensor,
+        **inputs: Any,
+    ) -> MoietyPredictionOutput:
+        """Differentiates the energy by positions and strain inside the forward pass: the engine sees one backward.
+
+        Stress is dE/d(strain) / volume (Knuth et al. 2015, doi:10.1016/j.cpc.2015.01.003), the strain applied to
+        positions and lattice alike. In training the derivatives can be differentiated again, which of the attention
+        kernels only MATH can.
+        """
+        kernels = sdpa_kernel(SDPBackend.MATH) if self.training else nullcontext()
+        with torch.enable_grad(), kernels:
+            at = positions.detach().requires_grad_()
+            strain_B33 = positions.new_zeros(len(cell), 3, 3).requires_grad_()
+            symmetric_B33 = (strain_B33 + strain_B33.mT) / 2
+            output = self._read(
+                at + torch.einsum("na,nab->nb", at, symmetric_B33[graph_index]),
+                graph_index=graph_index,
+                edge_index=edge_index,
+                edge_shift=edge_shift
+                + torch.einsum("ea,eab->eb", edge_shift, symmetric_B33[graph_index[edge_index[1]]]),
+                cell=cell,
+                pbc=pbc,
+                **inputs,
+            )
+            assert output.predictions and output.node_features is not None and output.graph_features is not None
+            slope_N3, virial_B33 = torch.autograd.grad(
+                output.predictions[energy].sum(), (at, strain_B33), create_graph=self.training
+            )
+        volume_B = torch.where(pbc.all(-1), torch.linalg.det(cell).abs(), math.nan)
+        predictions = output.predictions | {"forces": -slope_N3, "stress": virial_B33 / volume_B[:, None, None]}
+        if self.training:
+            return MoietyPredictionOutput(**(output | {"predictions": predictions}))
+        return MoietyPredictionOutput(
+            predictions={name: value.detach() for name, value in predictions.items()},
+            node_features=output.node_features.detach(),
+            graph_features=output.graph_features.detach(),
+            graph_index=output.graph_index,
+        )
 
 
 MoietyModel.register_for_auto_class("AutoModel")

@@ -83,7 +83,8 @@ def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: Trainin
         micro_batches: per optimizer step, over all ranks.
 
     Raises:
-        InputError: `micro_batches` that the ranks cannot share, a DeepSpeed JSON with leftover or unknown parts.
+        InputError: `micro_batches` that the ranks cannot share, a DeepSpeed JSON with leftover or unknown parts, ZeRO-3
+            with conservative forces.
     """
     import deepspeed
 
@@ -94,6 +95,7 @@ def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: Trainin
             f"set data.micro_batches={-(-micro_batches // world) * world}"
         )
     settings = load_ds_config(training.ds, optimizer, training, micro_batches // world)
+    refuse_zero3_forces(model, settings, training.ds)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
@@ -105,6 +107,16 @@ def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: Trainin
         warnings.simplefilter("ignore")  # about CUDA features, on machines without CUDA
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
     return engine
+
+
+def refuse_zero3_forces(model: nn.Module, settings: dict[str, Any], name: str) -> None:
+    """InputError where forces are derivatives taken inside the forward pass, and ZeRO-3 would shard the weights."""
+    if settings.get("zero_optimization", {}).get("stage") == 3 and getattr(model, "energy", None) is not None:
+        raise InputError(
+            f"training.ds={name}: the forces of a head of kind energy are derivatives taken inside the forward pass; "
+            "their own backward needs every weight again after ZeRO-3 has let go of it. Use zero2, or a head of direct "
+            "forces (kind: vector)"
+        )
 
 
 def find_ds_config(name: str) -> Path:
