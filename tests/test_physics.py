@@ -82,8 +82,8 @@ def test_a_smooth_potential_obeys_every_law(tmp_path: Path):
         ("supercell", add("energy", lambda atoms: 1e-3)),
         ("cell choice", add("energy", lambda atoms: 1e-3 * len(atoms) * atoms.cell.lengths().max())),
         ("extensivity", add("energy", lambda atoms: 1e-6 * len(atoms) ** 2)),
-        ("finite-difference forces", add("forces", lambda atoms: 1e-3 * np.ones(3))),
-        ("finite-difference stress", add("stress", lambda atoms: 1e-3 * np.eye(3))),
+        ("finite difference forces", add("forces", lambda atoms: 1e-3 * np.ones(3))),
+        ("finite difference stress", add("stress", lambda atoms: 1e-3 * np.eye(3))),
         ("energy drift", add("forces", lambda atoms: -0.1 * (atoms.positions - atoms.positions.mean(0)))),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -110,6 +110,17 @@ def test_an_energy_that_jumps_is_caught():
     change = add("energy", lambda atoms: 1e-4 * (atoms.get_all_distances() < 6.1234).sum())
     report = check(lennard_jones(change), md_steps=0)
     assert {figure.output for figure in report.figures if not figure.ok and figure.law == "smoothness"} == {"energy"}
+
+
+@pytest.mark.parametrize(("noise", "ok"), [(0.01, True), (0.1, False)])
+def test_low_precision_is_compared_with_full_precision(noise: float, ok: bool):
+    structures = {"water": molecule("H2O")}
+
+    def noisy(atoms: Sequence[Atoms]) -> list[dict[str, Any]]:
+        return [{name: value * (1 + noise) for name, value in outputs.items()} for outputs in lennard_jones()(atoms)]
+
+    report = check(lennard_jones(), structures, low_precision=noisy, md_steps=0)
+    assert ("bfloat16" not in broken(report)) == ok
 
 
 def test_laws_that_cannot_be_checked_are_named():

@@ -34,7 +34,7 @@ from moiety.data import archives as packed
 from moiety.data.containers import check_keys, kind_of, records
 from moiety.data.declared_fields import FIELDS, NAMED, Absent, FieldReader, value_at
 from moiety.data.declared_joins import JOINED, Join, check_join, with_joined
-from moiety.data.splits import SPLITS, split_of
+from moiety.data.splits import SPLITS, even_share, split_of
 from moiety.data.structure import Structure
 from moiety.data.validate import REMEDIES, Rejected, Verdict
 from moiety.errors import InputError
@@ -84,8 +84,7 @@ def structures(
         InputError: the recipe has a key that nobody reads, or a file is not what it says.
     """
     every = parts(recipe, archives, options)
-    place = every.index(part)
-    left = {name: (options[name] + place) // len(every) for name in SPLITS if name in options}
+    left = even_share(options, every.index(part), len(every))
     first, last = (part, part) if isinstance(part, str) else part
     for name in data_files(recipe, archives):
         if first <= name <= last:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from moiety.data.containers import check_keys, kind_of, records
 from moiety.data.declared import check_splits, data_files, splitter
 from moiety.data.declared_fields import Absent, value_at
-from moiety.data.splits import SPLITS
+from moiety.data.splits import SPLITS, even_share
 from moiety.data.texts import Text
 from moiety.data.validate import REMEDIES, Rejected, Verdict
 from moiety.errors import InputError
@@ -59,10 +59,11 @@ def texts(
         InputError: the recipe has a key that nobody reads, or the file is not what it says.
     """
     every = parts(recipe, archives, options)
-    left = {name: (options[name] + every.index(part)) // len(every) for name in SPLITS if name in options}
+    left = even_share(options, every.index(part), len(every))
     archive, reader = archives[part], recipe.reader
+    source = archive.source
     split_of = splitter(recipe, archives, part)
-    found = records(archive.path, reader["container"], reader.get("options", {}), archive.source.member)
+    found = records(archive.path, reader["container"], reader.get("options", {}), source.member, source.limits)
     for index, (key, record) in enumerate(found):
         if len(left) == len(SPLITS) and not any(left.values()):
             return

@@ -91,12 +91,18 @@ def threshold(first: Sequence[str], second: Sequence[str], decay: float, factor:
 
 def codes_of(sequences: Sequence[str]) -> Array:
     """[S, L] uint8 letter of each residue, OTHER beyond the end."""
-    table = np.full(256, OTHER, np.uint8)
-    table[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(len(LETTERS))
+    table = code_table()
     codes = np.full((len(sequences), max(map(len, sequences), default=0)), OTHER, np.uint8)
     for row, sequence in zip(codes, sequences, strict=True):
         row[: len(sequence)] = table[np.frombuffer(sequence.encode(), np.uint8)]
     return codes
+
+
+def code_table() -> Array:
+    """[256] uint8, the code of every byte: its place in LETTERS, or OTHER."""
+    table = np.full(256, OTHER, np.uint8)
+    table[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(len(LETTERS))
+    return table
 
 
 def candidates(codes: Array, num_first: int | None = None) -> Candidates:

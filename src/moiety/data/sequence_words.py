@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from moiety.data.sequence_clusters import LETTERS, OTHER
+from moiety.data.sequence_clusters import LETTERS, OTHER, code_table
 from moiety.data.structure import Array
 
 CLUSTER_WORD = 12  # residues: two of 20,000 unrelated proteins share one by chance once in a hundred such corpora
@@ -69,8 +69,7 @@ def _is_part(chain: str, sequence: str, diagonal: int) -> bool:
 
 def _words(sequences: Sequence[str], size: int) -> tuple[Array, Array, Array]:
     """Words of `size` residues as numbers, the sequence of each and its place in it: [W] each."""
-    table = np.full(256, OTHER, np.uint8)
-    table[np.frombuffer(LETTERS.encode(), np.uint8)] = np.arange(len(LETTERS))
+    table = code_table()
     lengths = np.array([len(sequence) + 1 for sequence in sequences])  # with an end that is in no word
     code = table[np.frombuffer("".join(f"{sequence}-" for sequence in sequences).encode(), np.uint8)]
     num_words = max(len(code) - size + 1, 0)

@@ -39,6 +39,11 @@ def select(splits: Sequence[str], options: Mapping[str, int]) -> list[int]:
     return chosen
 
 
+def even_share(options: Mapping[str, int], part: int, num_parts: int) -> dict[str, int]:
+    """How many of every split that `options` count one of `num_parts` parts gives; together they give that many."""
+    return {split: (options[split] + part) // num_parts for split in SPLITS if split in options}
+
+
 def portion(items: Sequence[Item], part: int, num_parts: int) -> Sequence[Item]:
     """The items of one of `num_parts` parts; together, in the order of the parts, they are all items in their order."""
     return items[len(items) * part // num_parts : len(items) * (part + 1) // num_parts]

@@ -247,7 +247,7 @@ def finite_difference_forces(subject: Subject, step: float = 1e-3) -> Iterator[F
             direction /= np.linalg.norm(direction)
             slope = _slope(lambda h, atoms=atoms, d=direction: subject(_moved(atoms, h * d))["energy"], step)
             error = abs(slope + float((forces * direction).sum())) / max(float(np.linalg.norm(forces)), 1e-12)
-            yield Figure("finite-difference forces", "forces", name, error, 1e-5)
+            yield Figure("finite difference forces", "forces", name, error, 1e-5)
 
 
 def finite_difference_stress(subject: Subject, step: float = 1e-4) -> Iterator[Figure]:
@@ -262,7 +262,7 @@ def finite_difference_stress(subject: Subject, step: float = 1e-4) -> Iterator[F
             slope = _slope(lambda h, atoms=atoms, e=strain: subject(_strained(atoms, h * e))["energy"], step)
             error = abs(slope / atoms.get_volume() - float((stress * strain).sum()))
             yield Figure(
-                "finite-difference stress", "stress", name, error / max(float(np.abs(stress).max()), 1e-12), 1e-5
+                "finite difference stress", "stress", name, error / max(float(np.abs(stress).max()), 1e-12), 1e-5
             )
 
 
