@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
+from peers.systems import CUTOFF, Batch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from peers.systems import CUTOFF, Batch
 
 TOLERANCE = 0.05  # of the number of parameters
 TYPICAL_DEGREE = 30.0  # neighbours; a constant that MACE divides by
@@ -174,7 +174,6 @@ class Mace(PeerModel):
 
     def __init__(self, width: int, with_vectors: bool):
         super().__init__()
-        import numpy as np
         from e3nn import o3
         from mace import modules  # pyright: ignore[reportMissingImports]
 
@@ -287,6 +286,11 @@ class Moiety(PeerModel):
     def vector(self, batch: Batch) -> Tensor:
         return self._read(self.direct, batch, batch.positions, batch.edge_shift)
 
+    def use_global(self, wanted: bool) -> None:
+        """Takes the attention over whole structures out, or puts it back where the shape has it."""
+        for block in self.trunk.blocks:
+            block.with_global = wanted and hasattr(block, "global_attention")
+
     def _read(self, head: nn.Module, batch: Batch, positions: Tensor, edge_shift: Tensor) -> Tensor:
         trunk = self.trunk(
             node_type=batch.node_type, positions=positions, graph_index=batch.graph_index, edge_index=batch.edge_index,
@@ -325,23 +329,23 @@ def build(name: str, num_parameters: int) -> PeerModel:
     if name not in PEERS:
         raise ValueError(f"model {name!r} is not one of {', '.join(PEERS)}")
     make, steps = PEERS[name]
+    count = cache(lambda width: count_parameters(make(width)))
     for step in steps:
-        width = nearest_width(lambda width: count_parameters(make(width)), num_parameters, step)
-        model = make(width)
-        if abs(count_parameters(model) / num_parameters - 1) <= TOLERANCE:
-            return model
+        width = nearest_width(count, num_parameters, step)
+        if abs(count(width) / num_parameters - 1) <= TOLERANCE:
+            return make(width)
     raise ValueError(f"{name}: no width comes within {TOLERANCE:.0%} of {num_parameters:,} parameters")
 
 
 def nearest_width(count: Callable[[int], int], wanted: int, step: int) -> int:
-    """Among multiples of `step`, by bisection: the count grows with the width."""
-    low = high = step
-    while count(high) < wanted:
-        low, high = high, 2 * high
-    while high - low > step:
-        middle = (low + high) // (2 * step) * step
-        low, high = (middle, high) if count(middle) < wanted else (low, middle)
-    return min(low, high, key=lambda width: abs(count(width) - wanted))
+    """Among multiples of `step`, with few counts: they are, or nearly are, a polynomial of second order in the width."""
+    known = (16, 32, 64)
+    square, linear, constant = np.polyfit(known, [count(width) - wanted for width in known], 2)
+    guess = (-linear + np.sqrt(max(linear**2 - 4 * square * constant, 0.0))) / (2 * square)
+    near = round(guess / step) * step
+    return min(
+        (width for width in (near - step, near, near + step) if width > 0), key=lambda width: abs(count(width) - wanted)
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
