@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
+PEERS_INSTALLED := $(PEERS)/.installed
 RUN ?= runs/quickstart
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
@@ -22,7 +24,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test test-slow check format transfer-quick report-png clean
+.PHONY: install quickstart test test-slow check format transfer-quick bench bench-gpu report-png clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -57,6 +59,18 @@ format: $(INSTALLED)
 transfer-quick: $(INSTALLED)
 	$(BIN)/python benchmarks/transfer_quick.py
 
+# Speed and memory beside other models, which have an environment of their own.
+bench: $(INSTALLED) $(PEERS_INSTALLED)
+	$(BIN)/python benchmarks/speed.py
+
+bench-gpu: $(INSTALLED) $(PEERS_INSTALLED)
+	$(BIN)/python benchmarks/speed.py --device cuda
+
+$(PEERS_INSTALLED): benchmarks/peers/requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --no-deps --requirement $<
+	@touch $@
+
 # The picture of the README: the top of the report of RUN, through a browser.
 report-png: $(INSTALLED)
 	@test -n "$(CHROMIUM)" || { echo "make: report-png needs chromium (Debian: apt-get install chromium)" >&2; exit 1; }
@@ -68,4 +82,4 @@ report-png: $(INSTALLED)
 	@ls -l docs/report.png
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) dist .pytest_cache .ruff_cache

@@ -32,7 +32,9 @@ MOIETY_SHAPES: dict[str, dict[str, Any]] = {
 
 
 class PeerModel(nn.Module):
-    """What a comparison asks of a model."""
+    """What a comparison asks of a model: a trunk, a head for energies, and `direct`, one for vectors."""
+
+    trunk: Any
 
     def energy(self, batch: Batch, positions: Tensor, edge_shift: Tensor) -> Tensor:
         """Energy [B] of the batch's structures at `positions` [N,3] Å; can be differentiated twice."""
@@ -141,7 +143,7 @@ class ViSNet(PeerModel):
 
         heads = 8 if width % 8 == 0 else 4
         self.trunk = visnet.ViSNetBlock(hidden_channels=width, num_heads=heads, cutoff=CUTOFF)
-        self.trunk.distance = Given()
+        self.trunk.distance = Given()  # pyright: ignore[reportAttributeAccessIssue]
         self.scalar = visnet.EquivariantScalar(width)
         self.direct = nn.ModuleList(
             [
@@ -174,7 +176,7 @@ class Mace(PeerModel):
 
     def __init__(self, width: int, with_vectors: bool):
         super().__init__()
-        from e3nn import o3
+        from e3nn import o3  # pyright: ignore[reportMissingImports]
         from mace import modules  # pyright: ignore[reportMissingImports]
 
         block = modules.interaction_classes["RealAgnosticResidualInteractionBlock"]
@@ -338,7 +340,7 @@ def build(name: str, num_parameters: int) -> PeerModel:
 
 
 def nearest_width(count: Callable[[int], int], wanted: int, step: int) -> int:
-    """Among multiples of `step`, with few counts: they are, or nearly are, a polynomial of second order in the width."""
+    """Among multiples of `step`, with few counts: they are nearly a parabola in the width."""
     known = (16, 32, 64)
     square, linear, constant = np.polyfit(known, [count(width) - wanted for width in known], 2)
     guess = (-linear + np.sqrt(max(linear**2 - 4 * square * constant, 0.0))) / (2 * square)
