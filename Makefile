@@ -24,7 +24,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test test-slow check format transfer-quick bench bench-gpu report-png clean
+.PHONY: install quickstart test test-slow check format transfer-quick bench bench-gpu bench-accuracy report-png clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -65,6 +65,15 @@ bench: $(INSTALLED) $(PEERS_INSTALLED)
 
 bench-gpu: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/speed.py --device cuda
+
+# Accuracy for the same compute: pilots, then the matrix; many hours. What is finished is not run again.
+bench-accuracy: $(INSTALLED) $(PEERS_INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt 'tblite>=0.8'
+	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
+	test -d corpora/full/forces || $(BIN)/moiety data build forces --profile full
+	test -f corpora/accuracy/forces.npz || $(BIN)/python benchmarks/accuracy/prepare.py
+	$(BIN)/python benchmarks/accuracy.py --pilot
+	$(BIN)/python benchmarks/accuracy.py
 
 $(PEERS_INSTALLED): benchmarks/peers/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)

@@ -27,10 +27,10 @@ from moiety.errors import InputError
 from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 
 SAMPLES = Path(__file__).parent / "data" / "corpora"
-NAMES = ("ccd", "complexes", "crystals", "flows", "interactions", "proteins", "qm9", "surfaces")
+NAMES = ("ccd", "complexes", "crystals", "flows", "forces", "interactions", "proteins", "qm9", "surfaces")
 FULL_COUNTS = {
-    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "interactions": 1_520,
-    "proteins": 13_867, "qm9": 130_831, "surfaces": 1_307,
+    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411,
+    "interactions": 1_520, "proteins": 13_867, "qm9": 130_831, "surfaces": 1_307,
 }  # fmt: skip
 GROUP = {"crystals": "prototype", "flows": "field", "interactions": "pair", "proteins": "cluster", "surfaces": "metal"}
 

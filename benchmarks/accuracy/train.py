@@ -4,7 +4,7 @@
     .venv-peers/bin/python benchmarks/accuracy/train.py --model tensornet --task u0 --passes 80000 --seed 0 --out t.json
 
 One loop for all: the same batches in the same order, the same loss, optimizer, schedule and clipping; the learning rate
-is each model's own (LEARNING_RATES, chosen by a pilot). Forward, backward, optimizer, average and the collation of a
+is each model's own (SETTINGS, chosen by a pilot). Forward, backward, optimizer, average and the collation of a
 batch count as training, in CPU seconds of this process on one core; evaluation does not count. At points spaced evenly
 over the run the errors on validation molecules and on some test molecules are written down; in the end the weights of
 lowest validation error are tested on all test molecules. Arrays come from prepare.py.
@@ -38,7 +38,7 @@ CURVE_TEST = 1_000  # test molecules at a point of the curve
 WARMUP = 0.02  # share of the budget in which the learning rate rises; from there it falls as a cosine, to zero
 CLIP = 10.0  # norm of the gradient
 ENERGY_WEIGHT, FORCES_WEIGHT = 0.2, 0.8  # as TorchMD-NET publishes them for MD17, for all models
-LEARNING_RATES = Path(__file__).with_name("learning_rates.json")
+SETTINGS = Path(__file__).with_name("settings.json")  # published learning rates, and what the pilot chose
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Task:
     Attributes:
         corpus: file of arrays.
         label: energy or gap, eV.
-        mean: whether the sum over nodes is divided by their number (an intensive property).
+        intensive: whether a sum over nodes may be divided by their number; which of both is better, the pilot tells.
         forces: whether forces (eV/Å), the derivatives of the energy, are learned too.
     """
 
     corpus: str
     label: str
-    mean: bool = False
+    intensive: bool = False
     forces: bool = False
 
 
 TASKS = {
     "u0": Task("qm9", "energy"),
-    "gap": Task("qm9", "gap", mean=True),
+    "gap": Task("qm9", "gap", intensive=True),
     "forces": Task("forces", "energy", forces=True),
 }
 
@@ -108,18 +108,18 @@ def _ranges(first: Tensor, count: Tensor) -> Tensor:
 class Predictor(nn.Module):
     """A model in the units of a task: the label is shift + scale * (what the nodes sum up to, or their mean).
 
-    An energy's scale is MACE's rule where there are forces, their root mean square times 1 Å; else it is the standard
-    deviation of the labels, an energy's divided by the square root of the mean number of nodes that are summed.
+    The scale is MACE's where there are forces, their root mean square times 1 Å; else it is the standard deviation of
+    the labels, divided by the square root of the mean number of nodes where these are summed.
     """
 
-    def __init__(self, model: PeerModel, task: Task, train: Molecules):
+    def __init__(self, model: PeerModel, task: Task, mean: bool, train: Molecules):
         super().__init__()
-        self.model, self.task = model, task
-        self.shift = float(train.label.mean()) if task.mean else 0.0
+        self.model, self.task, self.mean = model, task, mean
+        self.shift = float(train.label.mean()) if task.intensive else 0.0
         self.scale = float(train.label.std())
         if train.forces is not None:
             self.scale = float(train.forces.square().mean().sqrt())
-        elif not task.mean:
+        elif not mean:
             self.scale /= math.sqrt(float(train.num_nodes.float().mean()))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +134,7 @@ class Predictor(nn.Module):
 
     def _label(self, batch: Batch, positions: Tensor) -> Tensor:
         value_B = self.model.energy(batch, positions, batch.edge_shift)
-        if self.task.mean:
+        if self.mean:
             value_B = value_B / batch.num_nodes_B
         return self.shift + self.scale * value_B
 
@@ -238,6 +238,7 @@ def train(
     losses: list[float] = []
     best: dict[str, Tensor] = {}
     predictor.train()
+    predictor.loss(*splits["train"].batch(torch.arange(2))).backward()  # what is compiled or loaded at a first step
     while len(points) < num_points:
         began = time.process_time()
         for group in optimizer.param_groups:
@@ -280,12 +281,16 @@ def judged(task: Task, point: dict[str, Any]) -> float:
     return point["val"]["forces" if task.forces else "label"]
 
 
-def learning_rate(model: str, task: str) -> float:
-    """What the pilot chose for this model on this task."""
-    chosen = json.loads(LEARNING_RATES.read_text())[task] if LEARNING_RATES.exists() else {}
-    if model not in chosen:
-        sys.exit(f"train: no pilot of {model} on {task} in {LEARNING_RATES.name}; run it, or say --lr")
-    return chosen[model]["lr"]
+def settings(args: argparse.Namespace) -> tuple[float, str]:
+    """Learning rate and readout: as asked for, else as the pilot chose, else as published."""
+    readout = args.readout or ("mean" if TASKS[args.task].intensive else "sum")
+    if args.lr is not None:
+        return args.lr, readout
+    known = json.loads(SETTINGS.read_text())
+    found = known.get(args.task, {}).get(args.model) or known["published"].get(args.model)
+    if found is None:
+        raise ValueError(f"{SETTINGS.name} has no learning rate of {args.model}: say --lr")
+    return found["lr"], args.readout or found.get("readout", readout)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -296,7 +301,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     budget.add_argument("--seconds", type=float, help="CPU seconds")
     budget.add_argument("--passes", type=int, help="molecules seen, with repetition")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, help="default: what the pilot chose")
+    parser.add_argument("--lr", type=float, help="default: the pilot's choice, or as published")
+    parser.add_argument("--readout", choices=("mean", "sum"), help="default: the pilot's choice")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: none")
     parser.add_argument("--points", type=int, default=12, help="of the curve")
     parser.add_argument("--data", type=Path, default=Path("corpora/accuracy"), help="folder that prepare.py wrote")
@@ -307,7 +313,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     task = TASKS[args.task]
-    lr = args.lr if args.lr is not None else learning_rate(args.model, args.task)
     path = args.data / f"{task.corpus}.npz"
     if not path.exists():
         print(f"train: no {path}; make it with benchmarks/accuracy/prepare.py", file=sys.stderr)
@@ -320,16 +325,19 @@ def main(argv: list[str] | None = None) -> int:
             for split in ("train", "val", "test")
         }
     try:
+        lr, readout = settings(args)
+        if readout == "mean" and not task.intensive:
+            raise ValueError(f"{args.task} is no intensive label: its readout is the sum")
         model = build(args.model, NUM_PARAMETERS)
     except ValueError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
-    predictor = Predictor(model, task, splits["train"])
+    predictor = Predictor(model, task, readout == "mean", splits["train"])
     budget = Budget(args.seconds, args.passes)
     points = train(predictor, splits, budget, args.seed, lr, args.ema, args.points)
     found = {
         "model": args.model, "task": args.task, "seed": args.seed, "seconds": args.seconds, "passes": args.passes,
-        "lr": lr, "ema": args.ema, "batch": BATCH, "num_parameters": count_parameters(model),
+        "lr": lr, "readout": readout, "ema": args.ema, "batch": BATCH, "num_parameters": count_parameters(model),
         "val": min(points, key=lambda point: judged(task, point))["val"] if points else None,
         "test": evaluate(predictor, splits["test"]) if points else None,
         "points": points, "torch": torch.__version__,
