@@ -92,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2
     runs = read(args.out)
-    sheets = [sheet(runs, baselines, budget) for budget in dict.fromkeys(budget for budget, _, _ in runs)]
+    budgets = sorted({budget for budget, _, _ in runs}, key=lambda b: (b.endswith("p"), int(b[:-1])))
+    sheets = [sheet(runs, baselines, budget) for budget in budgets]
     for found in sheets:
         found.show(Console())
     if sheets:
@@ -260,7 +261,7 @@ def passes_of(runs: Runs, budget: str, model: str) -> list[str]:
 def write(runs: Runs, baselines: Mapping[str, Any], sheets: Sequence[tables.Sheet]) -> None:
     """JSON, curves and page."""
     where = machine({})
-    entries = [{k: v for k, v in run.items() if k != "machine"} for of in runs.values() for run in of]
+    entries = [run for of in runs.values() for run in of]
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": where, "baselines": baselines, "runs": entries}, indent=1) + "\n")
     plot(runs, RESULTS.with_suffix(".svg"))

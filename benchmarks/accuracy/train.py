@@ -139,13 +139,13 @@ class Predictor(nn.Module):
         return self.shift + self.scale * value_B
 
     def loss(self, batch: Batch, label: Tensor, forces: Tensor | None) -> Tensor:
-        """Mean absolute error in units of the scale, which is what is reported; energies beside forces count a node."""
+        """Mean absolute error, which is what is reported, in units of the scale."""
         predicted, predicted_forces = self(batch)
         error_B = (predicted - label).abs() / self.scale
         if forces is None or predicted_forces is None:
             return error_B.mean()
         error_forces = (predicted_forces - forces).abs().mean() / self.scale
-        return ENERGY_WEIGHT * (error_B / batch.num_nodes_B).mean() + FORCES_WEIGHT * error_forces
+        return ENERGY_WEIGHT * error_B.mean() + FORCES_WEIGHT * error_forces
 
 
 def evaluate(predictor: Predictor, molecules: Molecules, most: int | None = None) -> dict[str, float]:
