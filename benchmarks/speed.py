@@ -80,8 +80,7 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
         told(f"{len(crew)} of {len(names)} models are built")
         results: dict[str, Any] = {"broken": crew.broken, "models": known(crew)}
         results["bars"] = {
-            label: {task: steps(crew, Request(case, task, warm=1), quick) for task in TASKS}
-            for label, case in BARS.items()
+            label: {task: steps(crew, Request(case, task), quick) for task in TASKS} for label, case in BARS.items()
         }
         if not quick:
             for kind in ("dense", "sparse"):
@@ -102,7 +101,7 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
 
 def steps(crew: Crew, request: Request, quick: bool) -> dict[str, Any]:
     told(f"{request.case}, {request.task}")
-    return in_turns(crew, request, QUICK_ROUNDS if quick else ROUNDS)
+    return in_turns(crew, request, QUICK_ROUNDS if quick else ROUNDS)  # the first of them warms up
 
 
 def known(crew: Crew) -> dict[str, Any]:

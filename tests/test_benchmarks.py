@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -116,13 +114,11 @@ def test_a_model_answers_for_every_task_and_outlives_a_bad_request():
         worker.Request("dense 20", "direct", with_global=False, want="flops"),
         worker.Request("dense 20", "direct", bf16=True),
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "peers.worker", "moiety-l1-global", "40000", "cpu"],
-        input="".join(json.dumps(asdict(request)) + "\n" for request in requests),
-        env=os.environ | {"PYTHONPATH": str(BENCHMARKS)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    words, *answers = (json.loads(line) for line in done.stdout.splitlines())
-    assert words["parameters"] == pytest.approx(40_000, rel=0.05) and words["versions"]["torch"]
+    answers_file = io.StringIO()
+    lines = io.StringIO("".join(json.dumps(asdict(request)) + "\n" for request in requests))
+    worker.serve("moiety-l1-global", 400_000, "cpu", lines, answers_file)
+    words, *answers = (json.loads(line) for line in answers_file.getvalue().splitlines())
+    assert words["parameters"] == pytest.approx(400_000, rel=0.05) and words["versions"]["torch"]
     assert len(answers) == len(requests)
     for answer in answers[:3]:
         assert answer["seconds"] > 0 and answer["peak"] > 2**20 and answer["nodes"] > 10 < answer["edges"]
@@ -135,7 +131,7 @@ def test_a_model_answers_for_every_task_and_outlives_a_bad_request():
 def test_conservative_steps_reach_the_weights_through_the_forces():
     models, worker, systems = peers("models"), peers("worker"), peers("systems")
     torch.manual_seed(0)
-    model = models.build("moiety-l2-global", 40_000)
+    model = models.build("moiety-l2-global", 400_000)
     batch = systems.batch_of(systems.structures_of("molecules 2"))
     worker.loss_of(model, batch, "conservative", model.vector).backward()
     assert all(block.local_attention.filter.weight.grad.abs().sum() > 0 for block in model.trunk.blocks)
@@ -220,7 +216,7 @@ def test_the_real_page_has_its_marks():
 def test_a_broken_model_is_named_and_the_others_are_measured(tmp_path: Path, monkeypatch, capsys):
     crew, script = peers("crew"), speed()
     monkeypatch.setattr(crew, "PEERS_PYTHON", tmp_path / "envs/bin/python")
-    monkeypatch.setattr(script, "NUM_PARAMETERS", 40_000)
+    monkeypatch.setattr(script, "NUM_PARAMETERS", 400_000)
     monkeypatch.setattr(script, "BARS", {"2 molecules": "molecules 2"})
     out = tmp_path / "speed.json"
     assert script.main(["--quick", "--models", "moiety-l1,torchmd-et", "--out", str(out)]) == 0
@@ -233,7 +229,7 @@ def test_a_broken_model_is_named_and_the_others_are_measured(tmp_path: Path, mon
 def test_a_process_that_dies_is_told(monkeypatch):
     crew = peers("crew")
     monkeypatch.setattr(crew, "PEERS_PYTHON", Path("/bin/false"))
-    with crew.Crew(["torchmd-et"], 40_000) as found:
+    with crew.Crew(["torchmd-et"], 400_000) as found:
         assert not found and "exit code 1" in found.broken["torchmd-et"]
 
 

@@ -33,7 +33,9 @@ class Sheet:
         return "\n".join([*lines, *(["", *(f"{note}  " for note in self.notes)] if self.notes else [])])
 
     def show(self, console: Console) -> None:
-        table = Table(*self.columns, title=self.title, title_justify="left")
+        table = Table(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, no_wrap=index == 0)
         for row in self.rows:
             table.add_row(*row)
         console.print(table)
@@ -137,7 +139,8 @@ def page(results: Mapping[str, Any]) -> str:
         f"Parameters: {sizes}.",
         "Versions: " + ", ".join(f"{package} {number}" for package, number in sorted(versions.items())) + ".",
     ]
-    return "\n\n".join([*head, *(found.markdown() for found in sheets(results))])
+    tail = ["![Cost an atom against size](../benchmarks/results/speed_scaling.svg)"] if results.get("dense") else []
+    return "\n\n".join([*head, *(found.markdown() for found in sheets(results)), *tail])
 
 
 def fill(path: Path, text: str) -> None:

@@ -63,7 +63,7 @@ class Bench:
 
     def __init__(self, model: PeerModel, device: str):
         self.model, self.device = model.to(device), device
-        self.compiled: Callable[[Batch], Tensor] = torch.compile(model.vector, dynamic=False)
+        self.compiled: Callable[[Batch], Tensor] | None = None  # torch.compile takes seconds to import
         self.case: tuple[str, Batch] | None = None
 
     def answer(self, request: Request) -> dict[str, Any]:
@@ -98,8 +98,11 @@ class Bench:
         return self.case[1]
 
     def _step(self, request: Request, batch: Batch) -> None:
+        if request.compile and self.compiled is None:
+            self.compiled = torch.compile(self.model.vector, dynamic=False)
+        vector = self.compiled if request.compile and self.compiled else self.model.vector
         with torch.autocast(self.device, torch.bfloat16, enabled=request.bf16):
-            loss = loss_of(self.model, batch, request.task, self.compiled if request.compile else self.model.vector)
+            loss = loss_of(self.model, batch, request.task, vector)
         if loss is not None:
             self.model.zero_grad(set_to_none=True)
             loss.backward()
@@ -216,8 +219,11 @@ def serve(name: str, num_parameters: int, device: str, requests: TextIO, answers
 
 
 def told(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+    """One line of an error."""
+    text = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return "out of memory"
+    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
 
 
 def main() -> int:
