@@ -297,7 +297,8 @@ def plot(runs: Runs, path: Path) -> None:
             x_label = "CPU seconds" if along == "seconds" else "molecule passes"
             axis.set(yscale="log", xlabel=x_label, ylabel=f"test MAE: {COLUMNS[task, what][0]}")
             axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize=7)
+    lines = {line.get_label(): line for line in figure.findobj(pyplot.Line2D) if line.get_label() in MODELS}
+    axes[0][0].legend(handles=list(lines.values()), fontsize=7)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
