@@ -217,12 +217,10 @@ def test_far_apart_fragments_do_not_see_each_other(models: list[nn.Module]) -> N
     assert abs(float(energies[2] - energies[0] - energies[1])) < 1e-9 * abs(float(energies[2]))
 
 
-def test_copying_neighbours_and_products_over_pairs_agree(
-    models: list[nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gathering_and_sparse_products_agree(models: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     structures = [structure("crystal"), structure("molecule")]
     expected = outputs(models, structures)
-    monkeypatch.setattr("moiety.models.geometry_moiety.MOST_PAIRS_PER_NEIGHBOR", 0)
+    monkeypatch.setattr("moiety.models.geometry_moiety.available", lambda device: False)
     assert_equal(outputs(models, structures), expected)
 
 

@@ -4,11 +4,13 @@ Every map that mixes channels is a plain `nn.Linear` over the last axis, one per
 So any low-rank update of any of them keeps the model equivariant.
 """
 # Shapes: B structures, N nodes, K neighbours, M = (lmax + 1)^2 components, C channels, D edge channels, H heads.
-# A steerable feature is a list, degree l -> [N, 2l + 1, C]: each degree lies contiguous, one GEMM a degree.
+# Steerable features are x_MNC, components first: every degree is then one contiguous slab, hence one GEMM, and what
+# does not tell degrees apart is one kernel over all of them.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,6 @@ from torch import Tensor, nn
 
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, symmetric_basis
-
-Steerable = list[Tensor]
 
 TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
 LONGEST_REACH = 12.0  # Å: global attention between two atoms falls at least as exp(-r^2 / (2 * 12^2))
@@ -31,51 +31,51 @@ class ScaledLinear(nn.Linear):
         self.gain = gain
 
 
-class DegreeLinear(nn.Module):
-    """One `nn.Linear` per degree: [N, 2l+1, C_in] -> [N, 2l+1, C_out[l]]."""
+def by_degree(x_MNC: Tensor, lmax: int) -> tuple[Tensor, ...]:
+    """The slabs [2l+1, N, C] of a steerable feature, one a degree."""
+    return x_MNC.split([2 * degree + 1 for degree in range(lmax + 1)])
 
-    def __init__(self, in_channels: int, out_channels: list[int], gain: float = 1.0):
+
+class DegreeLinear(nn.Module):
+    """One `nn.Linear` per degree, from the slabs [2l+1, N, C] to as many steerable features [M, N, width] as widths."""
+
+    def __init__(self, in_channels: int, widths: list[int], lmax: int, gain: float = 1.0):
         super().__init__()
+        self.widths = widths
         self.degrees = nn.ModuleList(
-            ScaledLinear(in_channels, channels, bias=degree == 0, gain=gain)
-            for degree, channels in enumerate(out_channels)
+            ScaledLinear(in_channels, sum(widths), bias=degree == 0, gain=gain) for degree in range(lmax + 1)
         )
 
-    def forward(self, x: Steerable) -> Steerable:
-        return [linear(x_l) for linear, x_l in zip(self.degrees, x, strict=True)]
+    def forward(self, slabs: Sequence[Tensor]) -> list[Tensor]:
+        parts = [linear(x_l).split(self.widths, dim=-1) for linear, x_l in zip(self.degrees, slabs, strict=True)]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
 class MergedNorm(nn.Module):
-    """RMS norm with one variance over all degrees (each degree weighs the same), scalars centred first.
+    """RMS norm with one variance over all degrees, each degree weighing the same.
 
     A norm per degree would blow noise up at sites whose symmetry makes a degree vanish.
     """
 
     def __init__(self, channels: int, lmax: int):
         super().__init__()
+        self.lmax = lmax
         self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Steerable) -> Steerable:
-        centred = [x[0] - x[0].mean(-1, keepdim=True), *x[1:]]
-        variance = torch.stack([x_l.square().mean(dim=(1, 2)) for x_l in centred]).mean(0)[:, None, None]
-        scale = torch.rsqrt(variance + 1e-6)
-        y = [x_l * scale * self.weight[degree] for degree, x_l in enumerate(centred)]
-        y[0] = y[0] + self.bias
-        return y
+    def forward(self, x_MNC: Tensor) -> Tensor:
+        square_MN = x_MNC.square().mean(-1)
+        variance_N = torch.stack([slab.mean(0) for slab in by_degree(square_MN, self.lmax)]).mean(0)
+        return x_MNC * torch.rsqrt(variance_N + 1e-6)[:, None] * per_component(self.weight, self.lmax)
 
 
-def rms_normalize(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+def per_component(weight_LC: Tensor, lmax: int) -> Tensor:
+    """[M, 1, C] from one row a degree."""
+    rows = [row.expand(2 * degree + 1, -1) for degree, row in enumerate(weight_LC.unbind())]
+    return torch.cat(rows).unsqueeze(1)
 
 
-def join(x: Steerable) -> Tensor:
-    """[N, M, C] of a steerable feature."""
-    return torch.cat(x, dim=1)
-
-
-def split(x_NMC: Tensor, lmax: int) -> Steerable:
-    return list(x_NMC.split([2 * degree + 1 for degree in range(lmax + 1)], dim=1))
+def rms_normalize(x: Tensor, scale: float = 1.0) -> Tensor:
+    return x * (scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
 class LocalAttention(nn.Module):
@@ -83,47 +83,49 @@ class LocalAttention(nn.Module):
 
     A_i = sum_j u_ij Y_ij (x) phi_ij builds new directions from filters, T_i = sum_j alpha_ij V_j moves the steerable
     features of the neighbours. alpha_ij = u_ij exp(a_ij) / (exp(b) + sum_k u_ik exp(a_ik)) is smooth when a neighbour
-    enters or leaves. P_ij = Y_ij . X_i is the angle between the edge and what the centre already knows.
+    enters or leaves. P_ij = Y_ij . X_i is the angle between the edge and what the centre already knows: one part of its
+    channels shapes the filter, one the logits.
     """
 
     def __init__(self, config: MoietyConfig):
         super().__init__()
-        self.lmax, self.num_heads = config.lmax, config.num_heads
+        self.lmax, self.num_heads, self.width = config.lmax, config.num_heads, config.edge_channels
         channels, edge_channels = config.hidden_size, config.edge_channels
-        higher = [2 * edge_channels] * config.lmax
-        self.project = DegreeLinear(channels, [5 * edge_channels, *higher])  # l=0: q k g v a, l>0: v a
-        self.filter = nn.Linear(config.num_radial, edge_channels, bias=False)
-        self.radial_logit = nn.Linear(config.num_radial, self.num_heads, bias=False)
-        self.angle_logit = nn.Linear(edge_channels, self.num_heads, bias=False)
-        self.sink = nn.Parameter(torch.zeros(self.num_heads))
-        self.out = DegreeLinear(2 * edge_channels, [channels] * (config.lmax + 1), gain=0.5)
+        on_edges = edge_channels + config.num_heads
+        self.content = nn.Linear(channels, 3 * edge_channels)  # q k g
+        self.steerable = DegreeLinear(channels, [edge_channels, on_edges], config.lmax)  # v, angle
+        self.filter = nn.Linear(config.num_radial, on_edges, bias=False)
+        self.sink = nn.Parameter(torch.zeros(config.num_heads))
+        self.out = DegreeLinear(2 * edge_channels, [channels], config.lmax, gain=0.5)
 
-    def forward(self, x: Steerable, neighbors: Neighbors) -> Steerable:
-        num_nodes, _, width = neighbors.harmonics.shape
-        heads = self.num_heads
-        scalars, *higher = self.project(x)
-        q, k, g, v0, a0 = scalars.chunk(5, dim=-1)
-        moved, angles = zip(*[(v0, a0), *(y.chunk(2, dim=-1) for y in higher)], strict=True)
-        angle_NMD = torch.cat(angles, dim=1)
-        channels = angle_NMD.shape[-1]
+    def forward(self, x_MNC: Tensor, neighbors: Neighbors) -> Tensor:
+        width, heads = self.width, self.num_heads
+        slabs = by_degree(x_MNC, self.lmax)
+        q, k, g = self.content(slabs[0].squeeze(0)).chunk(3, dim=-1)
+        value_MND, angle_MNF = self.steerable(slabs)
+        edge_NKF = torch.baddbmm(
+            self.filter(neighbors.radial),
+            neighbors.harmonics,
+            angle_MNF.transpose(0, 1),
+            alpha=1 / (self.lmax + 1),
+        )
+        filter_NKD, logit_NKH = edge_NKF.split([width, heads], dim=-1)
+        q, k = (rms_normalize(t.unflatten(-1, (heads, -1)).transpose(0, 1)) for t in (q, k))
+        logit_HNK = logit_NKH.permute(2, 0, 1) + neighbors.dot(q, k) / math.sqrt(width // heads)
+        alpha_HNK = self._weights(logit_HNK, neighbors.envelope)
+        value_HNF = value_MND.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3).flatten(2)
+        moved_HNF = neighbors.transport(alpha_HNK, value_HNF)
+        moved_MND = moved_HNF.unflatten(-1, (len(x_MNC), -1)).permute(2, 1, 0, 3).flatten(2)
+        message_NKD = filter_NKD * neighbors.gather(g)
+        built_NMD = torch.bmm(neighbors.fading_harmonics, message_NKD) / math.sqrt(TYPICAL_DEGREE)
+        both_MNF = torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1)
+        return self.out(by_degree(both_MNF, self.lmax))[0]
 
-        q, k = (rms_normalize(t.view(num_nodes, heads, -1)) for t in (q, k))
-        g_j = neighbors.gather(g.squeeze(1))
-
-        angle_NKD = torch.bmm(neighbors.harmonics, angle_NMD) / math.sqrt(width)
-        logit_NKH = self.radial_logit(neighbors.radial) + self.angle_logit(angle_NKD)
-        logit_NKH = logit_NKH + neighbors.dot(q, k) / math.sqrt(channels // heads)
-        alpha_NKH = self._weights(logit_NKH, neighbors.envelope)
-        transported = neighbors.transport(alpha_NKH, torch.cat(moved, dim=1))
-
-        message_NKD = (self.filter(neighbors.radial) + angle_NKD) * g_j
-        built = torch.bmm(neighbors.fading_harmonics, message_NKD) / math.sqrt(TYPICAL_DEGREE)
-        return self.out(split(torch.cat([built, transported], dim=-1), self.lmax))
-
-    def _weights(self, logit_NKH: Tensor, envelope_NK: Tensor) -> Tensor:
-        peak = torch.maximum(logit_NKH.amax(1, keepdim=True), self.sink).detach()
-        weight = envelope_NK.unsqueeze(-1) * torch.exp(logit_NKH - peak)
-        return weight / (torch.exp(self.sink - peak) + weight.sum(1, keepdim=True))
+    def _weights(self, logit_HNK: Tensor, envelope_NK: Tensor) -> Tensor:
+        sink = self.sink[:, None, None]
+        peak = torch.maximum(logit_HNK.amax(-1, keepdim=True), sink).detach()
+        weight = envelope_NK * torch.exp(logit_HNK - peak)
+        return weight / (torch.exp(sink - peak) + weight.sum(-1, keepdim=True))
 
 
 class GlobalAttention(nn.Module):
@@ -138,27 +140,25 @@ class GlobalAttention(nn.Module):
     def __init__(self, config: MoietyConfig):
         super().__init__()
         self.lmax, self.num_heads = config.lmax, config.num_heads
-        channels, width = config.hidden_size, config.edge_channels
-        self.project = DegreeLinear(channels, [3 * width] * (config.lmax + 1))
+        channels, width = config.hidden_size, config.edge_channels // 2
+        self.project = DegreeLinear(channels, [3 * width], config.lmax)
         self.reach = nn.Parameter(torch.zeros(self.num_heads))
-        self.out = DegreeLinear(width, [channels] * (config.lmax + 1), gain=0.5)
+        self.out = DegreeLinear(width, [channels], config.lmax, gain=0.5)
 
-    def forward(self, x: Steerable, places: StructurePlaces) -> Steerable:
+    def forward(self, x_MNC: Tensor, places: StructurePlaces) -> Tensor:
         heads = self.num_heads
-        q, k, v = (
-            part.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(2)  # [N, H, M * d]
-            for part in join(self.project(x)).chunk(3, dim=-1)
-        )
-        width = v.shape[-1]
-        q, k = rms_normalize(q), rms_normalize(k)
-        q, k = q / width**0.25, k / width**0.25
+        (qkv_MNF,) = self.project(by_degree(x_MNC, self.lmax))
+        qkv_NH3F = qkv_MNF.unflatten(-1, (3, heads, -1)).permute(1, 3, 2, 0, 4).flatten(3)
+        qk, v = qkv_NH3F.split([2, 1], dim=2)
+        qk = rms_normalize(qk, scale=qk.shape[-1] ** -0.25)
         decay_H1 = (torch.sigmoid(self.reach) * 3 + 1)[:, None] / (2 * LONGEST_REACH**2)
         far, near = places.distance_columns
-        q = torch.cat([q, decay_H1 * far.unsqueeze(1)], dim=-1)
-        k = torch.cat([k, near.unsqueeze(1).expand(-1, heads, -1)], dim=-1)
-        y_NHF = places.attend(q, k, v)
-        y_NMD = y_NHF.unflatten(-1, ((self.lmax + 1) ** 2, -1)).transpose(1, 2).flatten(2)
-        return self.out(split(y_NMD, self.lmax))
+        columns = torch.stack(torch.broadcast_tensors(decay_H1 * far.unsqueeze(1), near.unsqueeze(1)), dim=2)
+        # values get empty columns: fused kernels want q, k and v of one width
+        qkv_NH3F = torch.cat([torch.cat([qk, columns], dim=-1), F.pad(v, (0, columns.shape[-1]))], dim=2)
+        y_NHF = places.attend(qkv_NH3F)[..., : v.shape[-1]]
+        y_MND = y_NHF.unflatten(-1, (len(x_MNC), -1)).permute(2, 0, 1, 3).flatten(2)
+        return self.out(by_degree(y_MND, self.lmax))[0]
 
 
 class StructurePlaces:
@@ -179,97 +179,101 @@ class StructurePlaces:
         x = positions * is_open_B[graph_index, None]  # no distance term in periodic systems
         one = is_open_B[graph_index, None].to(x.dtype)
         square = x.square().sum(-1, keepdim=True)
-        pad = x.new_zeros(len(x), 3)  # kernels like widths that are multiples of 8
+        pad = x.new_zeros(len(x), 3)
         self.distance_columns = (torch.cat([square, one, x, pad], -1), torch.cat([-one, -square, 2 * x, pad], -1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Softmax attention of [N, H, F] queries, keys and values inside each structure: [N, H, F]."""
-        out = torch.zeros_like(v)
+    def attend(self, qkv_NH3F: Tensor) -> Tensor:
+        """Softmax attention inside each structure: [N, H, F]."""
+        if len(self.groups) == 1 and self.groups[0][1] is None:  # structures of one size lie one after the other
+            return _attention(qkv_NH3F.unflatten(0, self.groups[0][0].shape), None).flatten(0, 1)
+        out = qkv_NH3F.new_zeros(len(qkv_NH3F), qkv_NH3F.shape[1], qkv_NH3F.shape[3])
         for node, present in self.groups:
             flat = node.flatten()
-            q_g, k_g, v_g = (t.index_select(0, flat).unflatten(0, node.shape).transpose(1, 2) for t in (q, k, v))
-            mask = None if present is None else present[:, None, None, :]
-            y = F.scaled_dot_product_attention(q_g, k_g, v_g, attn_mask=mask, scale=1.0).transpose(1, 2)
+            y = _attention(qkv_NH3F.index_select(0, flat).unflatten(0, node.shape), present)
             index, rows = (flat, y.flatten(0, 1)) if present is None else (node[present], y[present])
             out = out.index_copy(0, index, rows)
         return out
+
+
+def _attention(qkv_BnH3F: Tensor, present_Bn: Tensor | None) -> Tensor:
+    """[B, n, H, F]."""
+    q, k, v = qkv_BnH3F.transpose(1, 2).unbind(3)
+    mask = None if present_Bn is None else present_Bn[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2)
 
 
 class TensorFeedForward(nn.Module):
     """Gated feed-forward with products of degrees, written with 3x3 matrices in place of Clebsch-Gordan tables.
 
     From two projections A, G of each degree: invariants <A_l, G_l>; and for l <= 2 the products M v, the symmetric
-    traceless parts of v w^T and of M N + N M (all true tensors: parity (-1)^l).
+    traceless parts of v w^T and of M N + N M (all true tensors: parity (-1)^l). The condition of the structure shifts
+    the scalars before their gate, and so scales every degree.
     """
 
     def __init__(self, config: MoietyConfig):
         super().__init__()
         self.lmax = config.lmax
         channels, inner = config.hidden_size, config.hidden_size // 2
-        self.inner = inner
-        self.project = DegreeLinear(channels, [2 * channels + 2 * inner, *[2 * inner] * config.lmax])
-        self.mix = nn.Linear(inner * (config.lmax + 1), 2 * channels)
+        self.hidden = nn.Linear(channels, 2 * channels)
+        self.pair = DegreeLinear(channels, [inner, inner], config.lmax)
+        self.mix = nn.Linear(inner * (config.lmax + 1), 2 * channels, bias=False)
+        self.condition = ScaledLinear(channels, 2 * channels, bias=False, gain=0.0)
         self.gate = nn.Linear(channels, 2 * inner * config.lmax)
-        products = [channels, *[2 * inner] * config.lmax]
+        widths = [channels, *[2 * inner] * config.lmax]
         self.out = nn.ModuleList(
-            ScaledLinear(width, channels, bias=degree == 0, gain=0.5) for degree, width in enumerate(products)
+            ScaledLinear(width, channels, bias=degree == 0, gain=0.5) for degree, width in enumerate(widths)
         )
 
-    def forward(self, x: Steerable) -> Steerable:
-        scalars, *higher = self.project(x)
-        hidden, first, second = scalars.split([2 * x[0].shape[-1], self.inner, self.inner], dim=-1)
-        pairs = [(first, second), *(y.chunk(2, dim=-1) for y in higher)]
-        invariants = [(a * g).sum(1, keepdim=True) / math.sqrt(a.shape[1]) for a, g in pairs]
-        value, gate = (hidden + self.mix(torch.cat(invariants, dim=-1))).chunk(2, dim=-1)
+    def forward(self, x_MNC: Tensor, condition_NC: Tensor) -> Tensor:
+        slabs = by_degree(x_MNC, self.lmax)
+        first, second = self.pair(slabs)
+        invariants = [slab.sum(0) / math.sqrt(len(slab)) for slab in by_degree(first * second, self.lmax)]
+        hidden = self.hidden(slabs[0].squeeze(0)) + self.mix(torch.cat(invariants, dim=-1)) + condition_NC
+        value, gate = hidden.chunk(2, dim=-1)
         scalar = value * F.silu(gate)
         gates = self.gate(scalar).chunk(self.lmax, dim=-1)
-        products = self._products(pairs[1:])
-        out = [self.out[0](scalar)]
+        a, g = by_degree(first, self.lmax), by_degree(second, self.lmax)
+        products = self._products(a[1:], g[1:])
+        out = [self.out[0](scalar).unsqueeze(0)]
         for degree in range(1, self.lmax + 1):
-            own, _ = pairs[degree]
-            joined = torch.cat([own, products[degree - 1]], dim=-1) * gates[degree - 1]
+            joined = torch.cat([a[degree], products[degree - 1]], dim=-1) * gates[degree - 1]
             out.append(self.out[degree](joined))
-        return out
+        return torch.cat(out)
 
-    def _products(self, pairs: list[tuple[Tensor, Tensor]]) -> Steerable:
-        """Per degree l >= 1 a product of the projections: [N, 2l+1, C/2]."""
-        v, w = pairs[0]
+    def _products(self, a: tuple[Tensor, ...], g: tuple[Tensor, ...]) -> list[Tensor]:
+        """Per degree l >= 1 a product of the projections: [2l+1, N, C/2]."""
+        v, w = a[0], g[0]
         if self.lmax == 1:  # the only vector that two vectors give without a cross product: v |w|
-            return [v * (w.square().mean(1, keepdim=True) + 1e-6).sqrt()]
-        basis = symmetric_basis(v)
-        m, n = (torch.einsum("sab,nsc->nabc", basis, t) for t in pairs[1])
-        vector = (m * w.unsqueeze(1)).sum(2) + (n * v.unsqueeze(1)).sum(2)
-        matrix = v.unsqueeze(2) * w.unsqueeze(1) + torch.einsum("nabc,nbdc->nadc", m, n)
-        return [vector, torch.einsum("sab,nabc->nsc", basis, matrix)]  # the basis takes the symmetric traceless part
+            return [v * (w.square().mean(0) + 1e-6).sqrt()]
+        basis = symmetric_basis(v).flatten(1)
+        m, n = ((basis.T @ t.flatten(1)).view(3, 3, *t.shape[1:]) for t in (a[1], g[1]))
+        vector = (m * w).sum(1) + (n * v).sum(1)
+        matrix = v.unsqueeze(1) * w
+        for column, row in zip(m.unbind(1), n.unbind(0), strict=True):
+            matrix = torch.addcmul(matrix, column.unsqueeze(1), row)
+        return [vector, (basis @ matrix.flatten(0, 1).flatten(1)).view_as(a[1])]  # takes the symmetric traceless part
 
 
 class Block(nn.Module):
-    """Local attention, global attention (in some blocks), feed-forward; conditioning enters before the last."""
+    """Local attention, beside it in some blocks global attention, then feed-forward."""
 
     def __init__(self, config: MoietyConfig, with_global: bool):
         super().__init__()
         channels, lmax = config.hidden_size, config.lmax
-        self.local_norm = MergedNorm(channels, lmax)
+        self.attention_norm = MergedNorm(channels, lmax)
         self.local_attention = LocalAttention(config)
         if with_global:
-            self.global_norm = MergedNorm(channels, lmax)
             self.global_attention = GlobalAttention(config)
         self.with_global = with_global
-        self.film = ScaledLinear(channels, (lmax + 2) * channels, gain=0.0)
         self.feed_norm = MergedNorm(channels, lmax)
         self.feed_forward = TensorFeedForward(config)
 
     def forward(
-        self, x: Steerable, neighbors: Neighbors, places: StructurePlaces, condition_BC: Tensor, graph_index: Tensor
-    ) -> Steerable:
-        x = add(x, self.local_attention(self.local_norm(x), neighbors))
+        self, x_MNC: Tensor, neighbors: Neighbors, places: StructurePlaces, condition_BC: Tensor, graph_index: Tensor
+    ) -> Tensor:
+        y_MNC = self.attention_norm(x_MNC)
+        x_MNC = x_MNC + self.local_attention(y_MNC, neighbors)
         if self.with_global:
-            x = add(x, self.global_attention(self.global_norm(x), places))
-        shift, *scales = self.film(condition_BC)[graph_index].unsqueeze(1).chunk(len(x) + 1, dim=-1)
-        y = [y_l * (1 + scale) for y_l, scale in zip(self.feed_norm(x), scales, strict=True)]
-        y[0] = y[0] + shift
-        return add(x, self.feed_forward(y))
-
-
-def add(x: Steerable, y: Steerable) -> Steerable:
-    return [a + b for a, b in zip(x, y, strict=True)]
+            x_MNC = x_MNC + self.global_attention(y_MNC, places)
+        shift_NC = self.feed_forward.condition(condition_BC).index_select(0, graph_index)
+        return x_MNC + self.feed_forward(self.feed_norm(x_MNC), shift_NC)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_PAIRS_PER_NEIGHBOR = 8  # above this ratio copying each neighbour's values is cheaper than a product over all pairs
+from .sparse_moiety import Pattern, SampledProduct, SparseProduct, available
 
 
 def spherical_harmonics(unit_E3: Tensor, lmax: int) -> Tensor:
@@ -62,33 +62,6 @@ def sum_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
 
 
 @dataclass
-class Pairs:
-    """Structures padded to the largest, for products over all pairs of nodes; n nodes in the largest."""
-
-    node: Tensor  # [B, n] node in each place (the first node where the place is empty)
-    place: Tensor  # [N] place of each node, in B * n
-    pair: Tensor  # [N*K] place of each neighbour entry, in B * n * n
-
-    @classmethod
-    def build(cls, graph_index: Tensor, source: Tensor, most: int) -> Pairs | None:
-        """None where the structures are so large that pairs would far outnumber neighbours."""
-        num_nodes = len(graph_index)
-        count_B = torch.bincount(graph_index)
-        largest = int(count_B.max())
-        if len(count_B) * largest**2 > MOST_PAIRS_PER_NEIGHBOR * num_nodes * most:
-            return None
-        start_B = count_B.cumsum(0) - count_B
-        slot = torch.arange(largest, device=source.device)
-        node_Bn = torch.where(slot < count_B[:, None], start_B[:, None] + slot, start_B[:, None])
-        place_N = (
-            torch.arange(num_nodes, device=source.device)
-            + (largest * torch.arange(len(count_B)).to(source) - start_B)[graph_index]
-        )
-        column = (place_N % largest)[source]
-        return cls(node=node_Bn, place=place_N, pair=(place_N * largest).repeat_interleave(most) + column)
-
-
-@dataclass
 class Neighbors:
     """What the blocks need of the edges, as dense [N, K, ...] tables; empty places have envelope 0.
 
@@ -100,7 +73,7 @@ class Neighbors:
     harmonics: Tensor  # [N, K, M]
     envelope: Tensor  # [N, K]
     fading_harmonics: Tensor  # [N, M, K] harmonics times envelope
-    pairs: Pairs | None
+    pattern: Pattern | None  # of the weights of all heads; None where its kernels are missing
 
     @classmethod
     def build(
@@ -111,6 +84,7 @@ class Neighbors:
         graph_index: Tensor,
         num_radial: int,
         lmax: int,
+        num_heads: int,
     ) -> Neighbors:
         """Tables from edges sorted by destination (row 1 of edge_index).
 
@@ -139,38 +113,26 @@ class Neighbors:
             harmonics=harmonics,
             envelope=u,
             fading_harmonics=(harmonics * u.unsqueeze(-1)).transpose(1, 2).contiguous(),
-            pairs=Pairs.build(graph_index, source, most),
+            # torch cuts a pattern that has more places than its matrix: a small cell with many images gathers
+            pattern=Pattern.build(source, most, num_heads) if available(source.device) and most <= num_nodes else None,
         )
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """[N, K, D] features of the neighbours."""
         return x_ND.index_select(0, self.source).view(*self.envelope.shape, -1)
 
-    def dot(self, q_NHd: Tensor, k_NHd: Tensor) -> Tensor:
-        """Inner products q_i . k_j of every node with its neighbours [N, K, H]; by pairs where structures are small."""
-        if self.pairs is None:
-            return torch.einsum("nhd,nkhd->nkh", q_NHd, self.gather(k_NHd.flatten(1)).unflatten(-1, k_NHd.shape[1:]))
-        node_Bn = self.pairs.node
-        q, k = (t.index_select(0, node_Bn.flatten()).unflatten(0, node_Bn.shape) for t in (q_NHd, k_NHd))
-        product_BnnH = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).permute(0, 2, 3, 1)
-        return product_BnnH.flatten(0, 2).index_select(0, self.pairs.pair).view(*self.envelope.shape, -1)
+    def dot(self, q_HNd: Tensor, k_HNd: Tensor) -> Tensor:
+        """Inner products q_i . k_j of every node with its neighbours [H, N, K]."""
+        if self.pattern is not None:
+            product = SampledProduct.apply(q_HNd.flatten(0, 1), k_HNd.flatten(0, 1), self.pattern)
+            return product.view(len(q_HNd), *self.envelope.shape)  # type: ignore[union-attr]
+        k_HNKd = k_HNd.index_select(1, self.source).unflatten(1, self.envelope.shape)
+        return (q_HNd.unsqueeze(2) * k_HNKd).sum(-1)
 
-    def transport(self, alpha_NKH: Tensor, value_NMD: Tensor) -> Tensor:
-        """sum_j alpha_ij^h value_j [N, M, D], head h acting on the h-th part of the channels.
-
-        Periodic images of one neighbour carry the same value, so where structures are small their weights are added
-        up to a matrix over pairs of nodes and no value is copied (1.4 times faster on small molecules); large
-        structures gather.
-        """
-        heads, width = alpha_NKH.shape[-1], value_NMD.shape[1]
-        if self.pairs is None:
-            value_j = self.gather(value_NMD.flatten(1)).unflatten(-1, (width, heads, -1))
-            return torch.einsum("nkh,nkmhd->nmhd", alpha_NKH, value_j).flatten(2)
-        num_graphs, largest = self.pairs.node.shape
-        alpha = alpha_NKH.new_zeros(num_graphs * largest**2, heads).index_add(
-            0, self.pairs.pair, alpha_NKH.flatten(0, 1)
-        )
-        alpha = alpha.view(num_graphs, largest, largest, heads).permute(0, 3, 1, 2)
-        value = value_NMD.index_select(0, self.pairs.node.flatten()).view(num_graphs, largest, width, heads, -1)
-        moved = (alpha @ value.permute(0, 3, 1, 2, 4).flatten(3)).unflatten(-1, (width, -1))  # [B, H, n, M, d]
-        return moved.permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 1).index_select(0, self.pairs.place)
+    def transport(self, alpha_HNK: Tensor, value_HNF: Tensor) -> Tensor:
+        """sum_j alpha_ij value_j in every head [H, N, F]."""
+        if self.pattern is not None:
+            moved = SparseProduct.apply(alpha_HNK.flatten(), value_HNF.flatten(0, 1), self.pattern)
+            return moved.view_as(value_HNF)  # type: ignore[union-attr]
+        value_HNKF = value_HNF.index_select(1, self.source).unflatten(1, self.envelope.shape)
+        return (alpha_HNK.unsqueeze(-1) * value_HNKF).sum(2)

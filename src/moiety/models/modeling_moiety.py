@@ -22,9 +22,7 @@ from .blocks_moiety import (
     LocalAttention,
     MergedNorm,
     ScaledLinear,
-    Steerable,
     StructurePlaces,
-    join,
 )
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
@@ -81,7 +79,6 @@ class MoietyPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, MergedNorm):
             init.ones_(module.weight)
-            init.zeros_(module.bias)
         elif isinstance(module, LocalAttention):
             init.zeros_(module.sink)
         elif isinstance(module, GlobalAttention):
@@ -104,7 +101,7 @@ class InputEmbedding(nn.Module):
         self.to_node = nn.Linear(channels, channels)
         self.vectors = nn.Linear(4, channels, bias=False)
 
-    def forward(self, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Steerable, Tensor]:
+    def forward(self, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         charge_spin = torch.stack([inputs["charge"].clamp(-10, 10), (inputs["spin"] - 1).clamp(0, 10)], dim=-1)
         level = inputs["noise_level"]
         told = ~level.isnan()
@@ -117,11 +114,11 @@ class InputEmbedding(nn.Module):
         )
         scalars = self.node_type(inputs["node_type"]) + self.role(inputs["role"])
         scalars = scalars + self.to_node(condition_BC)[inputs["graph_index"]]
-        vectors = self.vectors(inputs["node_vectors"].transpose(1, 2))
-        x = [scalars.unsqueeze(1), vectors]
+        vectors = self.vectors(inputs["node_vectors"].permute(2, 0, 1))
+        x = [scalars.unsqueeze(0), vectors]
         if self.lmax == 2:
-            x.append(vectors.new_zeros(len(vectors), 5, vectors.shape[-1]))
-        return x, condition_BC
+            x.append(vectors.new_zeros(5, *vectors.shape[1:]))
+        return torch.cat(x), condition_BC
 
 
 class MoietyModel(MoietyPreTrainedModel):
@@ -192,14 +189,16 @@ class MoietyModel(MoietyPreTrainedModel):
         vector_E3 = positions[source] + edge_shift - positions[destination]
         scale = node_scale(node_type).to(positions.dtype)
         x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
-        neighbors = Neighbors.build(vector_E3, x_E, edge_index, graph_index, config.num_radial, config.lmax)
+        neighbors = Neighbors.build(
+            vector_E3, x_E, edge_index, graph_index, config.num_radial, config.lmax, config.num_heads
+        )
         places = StructurePlaces(centred, graph_index, is_open)
         x, condition = self.embedding(inputs, positions.dtype)
         for block in self.blocks:
             x = block(x, neighbors, places, condition, graph_index)
         x = self.norm(x)
-        pooled = mean_per_graph(x[0].squeeze(1), graph_index, num_graphs)
-        return MoietyOutput(node_features=join(x), graph_features=pooled, graph_index=graph_index)
+        pooled = mean_per_graph(x[0], graph_index, num_graphs)
+        return MoietyOutput(node_features=x.transpose(0, 1), graph_features=pooled, graph_index=graph_index)
 
 
 class VectorHead(nn.Module):

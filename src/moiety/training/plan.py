@@ -118,10 +118,9 @@ def training_flops(model: nn.Module, nodes: float, edges: float) -> float:
                 flops += _linear_flops(linear, nodes * (2 * degree + 1))
                 seen.add(linear)
         elif isinstance(module, LocalAttention):
-            for linear in (module.filter, module.radial_logit, module.angle_logit):
-                flops += _linear_flops(linear, edges)
-                seen.add(linear)
-            flops += 3 * 2 * edges * (module.lmax + 1) ** 2 * module.filter.out_features
+            flops += _linear_flops(module.filter, edges)
+            seen.add(module.filter)
+            flops += 3 * 2 * edges * (module.lmax + 1) ** 2 * module.width  # angles, built, moved
     others = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in seen]
     return 3 * (flops + sum(_linear_flops(linear, nodes) for linear in others))
 

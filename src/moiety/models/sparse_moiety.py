@@ -1,0 +1,99 @@
+"""Products over the edges of a sparse pattern, differentiable any number of times.
+
+y_i = sum_j a_ij x_j, and s_ij = x_i . y_j on the pattern alone: the derivatives of each are the other and itself on the
+transposed pattern. Neither builds a tensor of edges times features, as gathering would: that is 5 times faster on a
+CPU, and 2,000 atoms take megabytes where gathering takes hundreds.
+"""
+# Shapes: R rows of the pattern (all heads of all nodes), P places in it, F features.
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels exist here: a CPU build of torch with MKL, and not while a compiler traces."""
+    return device.type == "cpu" and torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
+
+
+@dataclass
+class Pattern:
+    """Places of a sparse matrix [R, R], row by row, and where each of them stands in the transposed one."""
+
+    row_start: Tensor  # [R+1] int32
+    column: Tensor  # [P] int32
+    order: Tensor  # [P] place of this pattern for each place of the transposed one
+    transposed: Pattern = field(repr=False, default=None)  # type: ignore[assignment]
+
+    @classmethod
+    def build(cls, column: Tensor, width: int, num_copies: int) -> Pattern:
+        """From the columns [n * width] of n rows of equal width; the block-diagonal of `num_copies` of it."""
+        n, device = len(column) // width, column.device
+        copy = torch.arange(num_copies, device=device)[:, None]
+        order = torch.argsort(column, stable=True)
+        count = torch.bincount(column, minlength=n).repeat(num_copies)
+        order_of_all = (order + copy * len(column)).flatten()
+        inverse = torch.empty_like(order_of_all)
+        inverse[order_of_all] = torch.arange(len(inverse), device=device)
+        pattern = cls(
+            torch.arange(0, n * width * num_copies + 1, width, device=device, dtype=torch.int32),
+            (column + copy * n).flatten().int(),
+            order_of_all,
+        )
+        row_start = torch.cat([count.new_zeros(1), count.cumsum(0)]).int()
+        with warnings.catch_warnings():  # torch says once that its sparse matrices are in beta
+            warnings.simplefilter("ignore")
+            pattern.matrix(torch.zeros(len(pattern.column), device=device))
+        pattern.transposed = cls(row_start, (order // width + copy * n).flatten().int(), inverse, pattern)
+        return pattern
+
+    def matrix(self, value_P: Tensor) -> Tensor:
+        size = (len(self.row_start) - 1,) * 2
+        return torch.sparse_csr_tensor(self.row_start, self.column, value_P, size=size, check_invariants=False)
+
+
+class SparseProduct(Function):
+    """a [P] on the pattern times x [R, F]: [R, F]."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, x: Tensor, pattern: Pattern) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, x)
+        ctx.pattern = pattern
+        return pattern.matrix(a) @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        a, x = ctx.saved_tensors
+        pattern = ctx.pattern
+        return (
+            SampledProduct.apply(grad, x, pattern) if ctx.needs_input_grad[0] else None,  # type: ignore[return-value]
+            SparseProduct.apply(a[pattern.order], grad, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
+            None,
+        )
+
+
+class SampledProduct(Function):
+    """x_i . y_j of x, y [R, F] at the places (i, j) of the pattern: [P]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, pattern: Pattern) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, y)
+        ctx.pattern = pattern
+        empty = pattern.matrix(x.new_zeros(len(pattern.column)))
+        return torch.sparse.sampled_addmm(empty, x.contiguous(), y.contiguous().T, beta=0.0).values()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        pattern = ctx.pattern
+        return (
+            SparseProduct.apply(grad, y, pattern) if ctx.needs_input_grad[0] else None,  # type: ignore[return-value]
+            SparseProduct.apply(grad[pattern.order], x, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
+            None,
+        )

@@ -1,0 +1,58 @@
+"""Products on a sparse pattern say what dense ones say, and so do their first and second derivatives."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from moiety.models.sparse_moiety import Pattern, SampledProduct, SparseProduct, available
+
+pytestmark = pytest.mark.skipif(not available(torch.device("cpu")), reason="torch has no MKL here")
+
+NUM_NODES, WIDTH, HEADS, FEATURES = 6, 4, 2, 3
+
+
+@pytest.fixture
+def pattern() -> Pattern:
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randint(0, NUM_NODES, (NUM_NODES * WIDTH,), generator=generator)  # one neighbour may come twice
+    assert any(len(row.unique()) < WIDTH for row in column.view(NUM_NODES, WIDTH))
+    return Pattern.build(column, WIDTH, HEADS)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(
+        *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape))
+    ).requires_grad_()
+
+
+def rows_and_columns(pattern: Pattern) -> tuple[Tensor, Tensor]:
+    return torch.arange(NUM_NODES * HEADS).repeat_interleave(WIDTH), pattern.column.long()
+
+
+def test_the_sparse_product_is_the_dense_one(pattern: Pattern) -> None:
+    row, column = rows_and_columns(pattern)
+    a, x = random(len(row)), random(NUM_NODES * HEADS, FEATURES)
+    dense = torch.zeros_like(x).index_add(0, row, a[:, None] * x[column])
+    torch.testing.assert_close(SparseProduct.apply(a, x, pattern), dense)
+    across = torch.zeros_like(x).index_add(0, column, a[:, None] * x[row])
+    torch.testing.assert_close(SparseProduct.apply(a[pattern.order], x, pattern.transposed), across)
+
+
+def test_the_sampled_product_is_the_dense_one(pattern: Pattern) -> None:
+    row, column = rows_and_columns(pattern)
+    x, y = random(NUM_NODES * HEADS, FEATURES), random(NUM_NODES * HEADS, FEATURES)
+    torch.testing.assert_close(SampledProduct.apply(x, y, pattern), (x[row] * y[column]).sum(-1))
+
+
+@pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
+def test_derivatives_are_exact(pattern: Pattern, check: Callable[..., bool]) -> None:
+    a, x, y = (
+        random(len(pattern.column)),
+        random(NUM_NODES * HEADS, FEATURES),
+        random(NUM_NODES * HEADS, FEATURES).detach().requires_grad_(),
+    )
+    assert check(lambda a, x: SparseProduct.apply(a, x, pattern), (a, x))
+    assert check(lambda x, y: SampledProduct.apply(x, y, pattern), (x, y))
