@@ -149,10 +149,28 @@ def small(lmax: int) -> MoietyForPrediction:
 
 @pytest.mark.parametrize("lmax", [1, 2])
 def test_moiety_obeys_every_law_in_double_precision(lmax: int):
-    model, kinds = from_model(small(lmax), MoietyProcessor(MoietyFeatureExtractor()))
-    report = check(model, kinds=kinds)
+    processor = MoietyProcessor(MoietyFeatureExtractor())
+    model, kinds = from_model(small(lmax), processor)
+    low_precision, _ = from_model(small(lmax), processor, torch.bfloat16)
+    report = check(model, kinds=kinds, low_precision=low_precision)
     assert report.ok, report.table()
     assert not report.left_out
+    rounded = [figure.value for figure in report.figures if figure.law == "bfloat16"]
+    assert max(rounded) > 1e-4  # bfloat16 was really used
+
+
+@pytest.mark.parametrize("output", ["energy", "forces"])
+def test_checkpointed_blocks_give_the_same_gradients(output: str):
+    inputs = MoietyProcessor(MoietyFeatureExtractor())([crystal(), molecule("H2O")], dtype=torch.float64)
+    gradients = []
+    for checkpointed in (False, True):
+        model = small(2).double().train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+            assert model.moiety.gradient_checkpointing
+        model(**inputs).predictions[output].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 
 
 def test_forces_can_be_learnt_from():

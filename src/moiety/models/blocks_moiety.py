@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, symmetric_basis
@@ -29,6 +31,11 @@ class ScaledLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0):
         super().__init__(in_features, out_features, bias)
         self.gain = gain
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """Where autocast is on, it is for the linear maps: geometry, weights and products of features are exact."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def by_degree(x_MNC: Tensor, lmax: int) -> tuple[Tensor, ...]:
@@ -47,31 +54,19 @@ class DegreeLinear(nn.Module):
         )
 
     def forward(self, slabs: Sequence[Tensor]) -> list[Tensor]:
-        parts = [linear(x_l).split(self.widths, dim=-1) for linear, x_l in zip(self.degrees, slabs, strict=True)]
+        images = [linear(x_l).to(x_l.dtype) for linear, x_l in zip(self.degrees, slabs, strict=True)]
+        parts = [image.split(self.widths, dim=-1) for image in images]
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-class MergedNorm(nn.Module):
-    """RMS norm with one variance over all degrees, each degree weighing the same.
+def merged_norm(x_MNC: Tensor, lmax: int) -> Tensor:
+    """RMS norm with one variance over all degrees, each degree weighing the same; linear maps that follow scale it.
 
     A norm per degree would blow noise up at sites whose symmetry makes a degree vanish.
     """
-
-    def __init__(self, channels: int, lmax: int):
-        super().__init__()
-        self.lmax = lmax
-        self.weight = nn.Parameter(torch.ones(lmax + 1, channels))
-
-    def forward(self, x_MNC: Tensor) -> Tensor:
-        square_MN = x_MNC.square().mean(-1)
-        variance_N = torch.stack([slab.mean(0) for slab in by_degree(square_MN, self.lmax)]).mean(0)
-        return x_MNC * torch.rsqrt(variance_N + 1e-6)[:, None] * per_component(self.weight, self.lmax)
-
-
-def per_component(weight_LC: Tensor, lmax: int) -> Tensor:
-    """[M, 1, C] from one row a degree."""
-    rows = [row.expand(2 * degree + 1, -1) for degree, row in enumerate(weight_LC.unbind())]
-    return torch.cat(rows).unsqueeze(1)
+    square_MN = x_MNC.square().mean(-1)
+    variance_N = torch.stack([slab.mean(0) for slab in by_degree(square_MN, lmax)]).mean(0)
+    return x_MNC * torch.rsqrt(variance_N + 1e-6)[:, None]
 
 
 def rms_normalize(x: Tensor, scale: float = 1.0) -> Tensor:
@@ -99,10 +94,17 @@ class LocalAttention(nn.Module):
         self.out = DegreeLinear(2 * edge_channels, [channels], config.lmax, gain=0.5)
 
     def forward(self, x_MNC: Tensor, neighbors: Neighbors) -> Tensor:
-        width, heads = self.width, self.num_heads
         slabs = by_degree(x_MNC, self.lmax)
-        q, k, g = self.content(slabs[0].squeeze(0)).chunk(3, dim=-1)
+        content_NF = self.content(slabs[0].squeeze(0)).to(x_MNC.dtype)
         value_MND, angle_MNF = self.steerable(slabs)
+        with full_precision(x_MNC):
+            both_MNF = self._aggregate(content_NF, value_MND, angle_MNF, neighbors)
+        return self.out(by_degree(both_MNF, self.lmax))[0]
+
+    def _aggregate(self, content_NF: Tensor, value_MND: Tensor, angle_MNF: Tensor, neighbors: Neighbors) -> Tensor:
+        """[M, N, 2D]: what is built, and what is moved."""
+        width, heads = self.width, self.num_heads
+        q, k, g = content_NF.chunk(3, dim=-1)
         edge_NKF = torch.baddbmm(
             self.filter(neighbors.radial),
             neighbors.harmonics,
@@ -115,11 +117,10 @@ class LocalAttention(nn.Module):
         alpha_HNK = self._weights(logit_HNK, neighbors.envelope)
         value_HNF = value_MND.unflatten(-1, (heads, -1)).permute(2, 1, 0, 3).flatten(2)
         moved_HNF = neighbors.transport(alpha_HNK, value_HNF)
-        moved_MND = moved_HNF.unflatten(-1, (len(x_MNC), -1)).permute(2, 1, 0, 3).flatten(2)
+        moved_MND = moved_HNF.unflatten(-1, (len(value_MND), -1)).permute(2, 1, 0, 3).flatten(2)
         message_NKD = filter_NKD * neighbors.gather(g)
         built_NMD = torch.bmm(neighbors.fading_harmonics, message_NKD) / math.sqrt(TYPICAL_DEGREE)
-        both_MNF = torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1)
-        return self.out(by_degree(both_MNF, self.lmax))[0]
+        return torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1)
 
     def _weights(self, logit_HNK: Tensor, envelope_NK: Tensor) -> Tensor:
         sink = self.sink[:, None, None]
@@ -140,15 +141,21 @@ class GlobalAttention(nn.Module):
     def __init__(self, config: MoietyConfig):
         super().__init__()
         self.lmax, self.num_heads = config.lmax, config.num_heads
-        channels, width = config.hidden_size, config.edge_channels // 2
+        channels, heads = config.hidden_size, config.num_heads
+        width = heads * math.ceil(config.edge_channels / (2 * heads))
         self.project = DegreeLinear(channels, [3 * width], config.lmax)
         self.reach = nn.Parameter(torch.zeros(self.num_heads))
         self.out = DegreeLinear(width, [channels], config.lmax, gain=0.5)
 
     def forward(self, x_MNC: Tensor, places: StructurePlaces) -> Tensor:
-        heads = self.num_heads
         (qkv_MNF,) = self.project(by_degree(x_MNC, self.lmax))
-        qkv_NH3F = qkv_MNF.unflatten(-1, (3, heads, -1)).permute(1, 3, 2, 0, 4).flatten(3)
+        with full_precision(x_MNC):  # distances are differences of large columns, which bfloat16 would blur
+            y_MND = self._attend(qkv_MNF, places)
+        return self.out(by_degree(y_MND, self.lmax))[0]
+
+    def _attend(self, qkv_MNF: Tensor, places: StructurePlaces) -> Tensor:
+        """[M, N, width]."""
+        qkv_NH3F = qkv_MNF.unflatten(-1, (3, self.num_heads, -1)).permute(1, 3, 2, 0, 4).flatten(3)
         qk, v = qkv_NH3F.split([2, 1], dim=2)
         qk = rms_normalize(qk, scale=qk.shape[-1] ** -0.25)
         decay_H1 = (torch.sigmoid(self.reach) * 3 + 1)[:, None] / (2 * LONGEST_REACH**2)
@@ -156,9 +163,11 @@ class GlobalAttention(nn.Module):
         columns = torch.stack(torch.broadcast_tensors(decay_H1 * far.unsqueeze(1), near.unsqueeze(1)), dim=2)
         # values get empty columns: fused kernels want q, k and v of one width
         qkv_NH3F = torch.cat([torch.cat([qk, columns], dim=-1), F.pad(v, (0, columns.shape[-1]))], dim=2)
-        y_NHF = places.attend(qkv_NH3F)[..., : v.shape[-1]]
-        y_MND = y_NHF.unflatten(-1, (len(x_MNC), -1)).permute(2, 0, 1, 3).flatten(2)
-        return self.out(by_degree(y_MND, self.lmax))[0]
+        # a loss on forces differentiates their derivative again, which of the kernels only MATH can
+        twice = self.training and far.requires_grad
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            y_NHF = places.attend(qkv_NH3F)[..., : v.shape[-1]]
+        return y_NHF.unflatten(-1, (len(qkv_MNF), -1)).permute(2, 0, 1, 3).flatten(2)
 
 
 class StructurePlaces:
@@ -233,7 +242,8 @@ class TensorFeedForward(nn.Module):
         scalar = value * F.silu(gate)
         gates = self.gate(scalar).chunk(self.lmax, dim=-1)
         a, g = by_degree(first, self.lmax), by_degree(second, self.lmax)
-        products = self._products(a[1:], g[1:])
+        with full_precision(x_MNC):
+            products = self._products(a[1:], g[1:])
         out = [self.out[0](scalar).unsqueeze(0)]
         for degree in range(1, self.lmax + 1):
             joined = torch.cat([a[degree], products[degree - 1]], dim=-1) * gates[degree - 1]
@@ -259,21 +269,19 @@ class Block(nn.Module):
 
     def __init__(self, config: MoietyConfig, with_global: bool):
         super().__init__()
-        channels, lmax = config.hidden_size, config.lmax
-        self.attention_norm = MergedNorm(channels, lmax)
+        self.lmax = config.lmax
         self.local_attention = LocalAttention(config)
         if with_global:
             self.global_attention = GlobalAttention(config)
         self.with_global = with_global
-        self.feed_norm = MergedNorm(channels, lmax)
         self.feed_forward = TensorFeedForward(config)
 
     def forward(
         self, x_MNC: Tensor, neighbors: Neighbors, places: StructurePlaces, condition_BC: Tensor, graph_index: Tensor
     ) -> Tensor:
-        y_MNC = self.attention_norm(x_MNC)
+        y_MNC = merged_norm(x_MNC, self.lmax)
         x_MNC = x_MNC + self.local_attention(y_MNC, neighbors)
         if self.with_global:
             x_MNC = x_MNC + self.global_attention(y_MNC, places)
         shift_NC = self.feed_forward.condition(condition_BC).index_select(0, graph_index)
-        return x_MNC + self.feed_forward(self.feed_norm(x_MNC), shift_NC)
+        return x_MNC + self.feed_forward(merged_norm(x_MNC, self.lmax), shift_NC)

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -20,9 +19,10 @@ from .blocks_moiety import (
     Block,
     GlobalAttention,
     LocalAttention,
-    MergedNorm,
     ScaledLinear,
     StructurePlaces,
+    full_precision,
+    merged_norm,
 )
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
@@ -65,6 +65,7 @@ class MoietyPreTrainedModel(PreTrainedModel):
     config_class = MoietyConfig
     base_model_prefix = "moiety"
     main_input_name = "positions"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _keys_to_ignore_on_load_unexpected = [r"^(noise_head|type_head|strain_head|heads)\."]
 
@@ -77,8 +78,6 @@ class MoietyPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
-        elif isinstance(module, MergedNorm):
-            init.ones_(module.weight)
         elif isinstance(module, LocalAttention):
             init.zeros_(module.sink)
         elif isinstance(module, GlobalAttention):
@@ -131,7 +130,7 @@ class MoietyModel(MoietyPreTrainedModel):
         self.blocks = nn.ModuleList(
             Block(config, with_global=bool(every) and (index + 1) % every == 0) for index in range(config.num_layers)
         )
-        self.norm = MergedNorm(config.hidden_size, config.lmax)
+        self.gradient_checkpointing = False  # `activation_checkpointing_enable` sets it, and the function below
         self.post_init()
 
     def forward(
@@ -193,10 +192,13 @@ class MoietyModel(MoietyPreTrainedModel):
             vector_E3, x_E, edge_index, graph_index, config.num_radial, config.lmax, config.num_heads
         )
         places = StructurePlaces(centred, graph_index, is_open)
-        x, condition = self.embedding(inputs, positions.dtype)
+        with full_precision(positions):
+            x, condition = self.embedding(inputs, positions.dtype)
         for block in self.blocks:
-            x = block(x, neighbors, places, condition, graph_index)
-        x = self.norm(x)
+            again = self.gradient_checkpointing and self.training
+            run = partial(self._gradient_checkpointing_func, block) if again else block
+            x = run(x, neighbors, places, condition, graph_index)
+        x = merged_norm(x, config.lmax)
         pooled = mean_per_graph(x[0], graph_index, num_graphs)
         return MoietyOutput(node_features=x.transpose(0, 1), graph_features=pooled, graph_index=graph_index)
 
@@ -258,12 +260,15 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         """Takes the inputs of `MoietyModel`; with `noise_target` [N,3] (unit variance) it has a loss."""
         trunk = self.moiety(**inputs)
         features, graph_index = trunk.node_features, trunk.graph_index
-        noise = self.noise_head(features)
+        with full_precision(features):
+            noise = self.noise_head(features)
+            type_logits = self.type_head(features[:, 0])
+            strain = self.strain_head(features, graph_index, len(trunk.graph_features))
         return MoietyPreTrainingOutput(
             loss=F.mse_loss(noise, noise_target) if noise_target is not None else None,
             noise=noise,
-            type_logits=self.type_head(features[:, 0]),
-            strain=self.strain_head(features, graph_index, len(trunk.graph_features)),
+            type_logits=type_logits,
+            strain=strain,
             graph_features=trunk.graph_features,
         )
 
@@ -363,7 +368,9 @@ class MoietyForPrediction(MoietyPreTrainedModel):
     def _read(self, positions: Tensor, node_type: Tensor, **inputs: Any) -> MoietyPredictionOutput:
         trunk = self.moiety(positions=positions, node_type=node_type, **inputs)
         read = (trunk.node_features, positions, node_type, trunk.graph_index, len(trunk.graph_features))
-        return MoietyPredictionOutput(predictions={name: head(*read) for name, head in self.heads.items()}, **trunk)
+        with full_precision(positions):
+            predictions = {name: head(*read) for name, head in self.heads.items()}
+        return MoietyPredictionOutput(predictions=predictions, **trunk)
 
     def _conservative(
         self,
@@ -379,11 +386,9 @@ class MoietyForPrediction(MoietyPreTrainedModel):
         """Differentiates the energy by positions and strain inside the forward pass: the engine sees one backward.
 
         Stress is dE/d(strain) / volume (Knuth et al. 2015, doi:10.1016/j.cpc.2015.01.003), the strain applied to
-        positions and lattice alike. In training the derivatives can be differentiated again, which of the attention
-        kernels only MATH can.
+        positions and lattice alike. In training the derivatives can be differentiated again.
         """
-        kernels = sdpa_kernel(SDPBackend.MATH) if self.training else nullcontext()
-        with torch.enable_grad(), kernels:
+        with torch.enable_grad():
             at = positions.detach().requires_grad_()
             strain_B33 = positions.new_zeros(len(cell), 3, 3).requires_grad_()
             symmetric_B33 = (strain_B33 + strain_B33.mT) / 2

@@ -65,7 +65,8 @@ class SparseProduct(Function):
     def forward(ctx: Any, a: Tensor, x: Tensor, pattern: Pattern) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(a, x)
         ctx.pattern = pattern
-        return pattern.matrix(a) @ x
+        with torch.autocast(x.device.type, enabled=False):  # a backward pass may run under another one than this did
+            return pattern.matrix(a) @ x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
@@ -86,7 +87,8 @@ class SampledProduct(Function):
         ctx.save_for_backward(x, y)
         ctx.pattern = pattern
         empty = pattern.matrix(x.new_zeros(len(pattern.column)))
-        return torch.sparse.sampled_addmm(empty, x.contiguous(), y.contiguous().T, beta=0.0).values()
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.sparse.sampled_addmm(empty, x.contiguous(), y.contiguous().T, beta=0.0).values()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]

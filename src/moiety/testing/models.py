@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,14 +77,21 @@ def from_model(model: Any, processor: Any, dtype: torch.dtype = torch.float64) -
 
     Its outputs are the predictions of its heads if it has any, and the features of the trunk: scalars [N, C], vectors
     [N, C, 3] and matrices [N, C, 3, 3] of the nodes, `graph_features` [C] of the structure.
+
+    Args:
+        model: MoietyModel or MoietyForPrediction; a copy of it is used.
+        processor: its processor.
+        dtype: of weights and positions; bfloat16 as in training: both in single precision, autocast on.
     """
-    model = model.to(dtype).eval()
+    low = dtype == torch.bfloat16
+    dtype = torch.float32 if low else dtype
+    model = copy.deepcopy(model).to(dtype).eval()
     tasks = model.config.tasks or {}
     kinds = FEATURE_KINDS | {name: TASK_KINDS[spec["kind"]] for name, spec in tasks.items()}
 
     def called(structures: Sequence[Atoms]) -> list[Outputs]:
         inputs = processor(list(structures), dtype=dtype)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
             output = model(**inputs)
         arrays = _features(output.node_features.double()) | {"graph_features": output.graph_features.double().numpy()}
         predictions: dict[str, torch.Tensor] = getattr(output, "predictions", None) or {}

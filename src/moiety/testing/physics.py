@@ -16,6 +16,7 @@ said in `kinds`. Laws that need an output the model lacks are left out and liste
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms, units
 from ase.build import make_supercell, niggli_reduce
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
@@ -282,13 +284,25 @@ def drift(subject: Subject, steps: int) -> Iterator[Figure]:
 
 
 def precision(subject: Subject, low_precision: Model) -> Iterator[Figure]:
-    """Root mean square difference of bfloat16 from full precision, relative to the output's own."""
+    """Root mean square difference of bfloat16 from full precision, relative to that of the output in all structures.
+
+    In one structure a single number may happen to be next to nothing.
+    """
+    full = {name: subject(atoms) for name, atoms in subject.structures.items()}
+    squares: dict[str, list[float]] = {}
+    for outputs in full.values():
+        for output, value in outputs.items():
+            squares.setdefault(output, []).append(_mean_square(value))
     for name, atoms in subject.structures.items():
         low = low_precision([atoms])[0]
-        for output, value in subject(atoms).items():
-            error = np.asarray(low[output], dtype=np.float64) - value
-            rms = float(np.sqrt((error**2).mean() / max(float((np.asarray(value) ** 2).mean()), 1e-24)))
-            yield Figure("bfloat16", output, name, rms, 0.05)
+        for output, value in full[name].items():
+            error = _mean_square(np.asarray(low[output], dtype=np.float64) - value)
+            scale = max(float(np.mean(squares[output])), 1e-24)
+            yield Figure("bfloat16", output, name, math.sqrt(error / scale), 0.05)
+
+
+def _mean_square(value: Any) -> float:
+    return float(np.square(value).mean())
 
 
 LAWS: dict[Callable[[Subject], Iterator[Figure]], set[str]] = {  # and the outputs that each needs
@@ -367,8 +381,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     kind = MoietyForPrediction if "MoietyForPrediction" in (config.get("architectures") or []) else MoietyModel
-    model, kinds = from_model(kind.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model))
-    report = check(model, kinds=kinds)
+    exported, processor = kind.from_pretrained(args.model), AutoProcessor.from_pretrained(args.model)
+    model, kinds = from_model(exported, processor)
+    low_precision, _ = from_model(exported, processor, torch.bfloat16)
+    report = check(model, kinds=kinds, low_precision=low_precision)
     print(report.table())
     if args.out:
         report.write(args.out)

@@ -68,7 +68,8 @@ class TrainingConfig:
 
     steps: int
     ds: str = "zero0"  # a name in launch/ds, or the path of a DeepSpeed JSON
-    precision: str = "fp32"  # fp32 | bf16 (matrix products only)
+    precision: str = "fp32"  # fp32 | bf16 (linear maps of the trunk only)
+    checkpoint_activations: bool = False  # keep what enters a block, compute its inside again in the backward pass
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -46,6 +46,8 @@ def fit(
     """
     per_step = mixture.config.micro_batches
     run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
+    if training.checkpoint_activations:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
     engine = start_engine(model, optimizer, training, per_step)
     average = WeightAverage(engine, optimizer.ema)
     run.engine, run.average = engine, average
