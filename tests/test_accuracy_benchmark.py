@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -47,7 +48,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = loaded("accuracy/train.py")
     monkeypatch.setattr(module, "NUM_PARAMETERS", 40_000)
-    monkeypatch.setattr(module, "BATCH", 8)
+    small = {name: dataclasses.replace(task, batch=8) for name, task in module.TASKS.items()}
+    monkeypatch.setattr(module, "TASKS", small)
     monkeypatch.setattr(importlib.import_module("peers.models"), "TOLERANCE", 0.4)  # widths of small models are coarse
     return module
 

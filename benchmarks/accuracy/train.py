@@ -33,7 +33,7 @@ from peers.models import PeerModel, build, count_parameters
 from peers.systems import Batch
 
 NUM_PARAMETERS = 400_000
-BATCH = 32  # molecules
+EVALUATED = 128  # molecules at a time
 CURVE_TEST = 1_000  # test molecules at a point of the curve
 WARMUP = 0.02  # share of the budget in which the learning rate rises; from there it falls as a cosine, to zero
 CLIP = 10.0  # norm of the gradient
@@ -50,18 +50,20 @@ class Task:
         label: energy or gap, eV.
         intensive: whether a sum over nodes may be divided by their number; which of both is better, the pilot tells.
         forces: whether forces (eV/Å), the derivatives of the energy, are learned too.
+        batch: molecules; of forces as TorchMD-NET publishes it for MD17.
     """
 
     corpus: str
     label: str
     intensive: bool = False
     forces: bool = False
+    batch: int = 32
 
 
 TASKS = {
     "u0": Task("qm9", "energy"),
     "gap": Task("qm9", "gap", intensive=True),
-    "forces": Task("forces", "energy", forces=True),
+    "forces": Task("forces", "energy", forces=True, batch=8),
 }
 
 
@@ -153,7 +155,7 @@ def evaluate(predictor: Predictor, molecules: Molecules, most: int | None = None
     predictor.eval()
     errors, error_forces = [], []
     with torch.no_grad():
-        for chosen in torch.arange(len(molecules))[:most].split(4 * BATCH):
+        for chosen in torch.arange(len(molecules))[:most].split(EVALUATED):
             batch, label, forces = molecules.batch(chosen)
             predicted, predicted_forces = predictor(batch)
             errors.append((predicted.detach() - label).abs())
@@ -209,10 +211,10 @@ class Budget:
         return self.passes / self.most_passes
 
 
-def shuffled(size: int, seed: int) -> Iterator[Tensor]:
+def shuffled(size: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Batches for ever, each epoch in its own order; the rest of an epoch that fills no batch is left out."""
     rng = torch.Generator().manual_seed(seed)
-    batch = min(BATCH, size)
+    batch = min(batch, size)
     while True:
         yield from torch.randperm(size, generator=rng)[: size - size % batch].split(batch)
 
@@ -233,7 +235,7 @@ def train(
     """
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=0.0)
     average = Average(predictor, ema)
-    batches = shuffled(len(splits["train"]), seed)
+    batches = shuffled(len(splits["train"]), predictor.task.batch, seed)
     points: list[dict[str, Any]] = []
     losses: list[float] = []
     best: dict[str, Tensor] = {}
@@ -337,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     points = train(predictor, splits, budget, args.seed, lr, args.ema, args.points)
     found = {
         "model": args.model, "task": args.task, "seed": args.seed, "seconds": args.seconds, "passes": args.passes,
-        "lr": lr, "readout": readout, "ema": args.ema, "batch": BATCH, "num_parameters": count_parameters(model),
+        "lr": lr, "readout": readout, "ema": args.ema, "batch": task.batch, "num_parameters": count_parameters(model),
         "val": min(points, key=lambda point: judged(task, point))["val"] if points else None,
         "test": evaluate(predictor, splits["test"]) if points else None,
         "points": points, "torch": torch.__version__,

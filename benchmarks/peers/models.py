@@ -8,7 +8,6 @@ A peer is imported only when it is built: no environment holds them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from peers.systems import CUTOFF, Batch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 TOLERANCE = 0.05  # of the number of parameters
 TYPICAL_DEGREE = 30.0  # neighbours; a constant that MACE divides by
@@ -280,10 +278,7 @@ class Moiety(PeerModel):
         self.trunk, self.scalar, self.direct = model.moiety, model.heads["energy"], model.heads["vector"]
 
     def energy(self, batch: Batch, positions: Tensor, edge_shift: Tensor) -> Tensor:
-        # of the attention kernels only MATH can be differentiated twice
-        twice = torch.is_grad_enabled() and (positions.requires_grad or edge_shift.requires_grad)
-        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
-            return self._read(self.scalar, batch, positions, edge_shift)
+        return self._read(self.scalar, batch, positions, edge_shift)
 
     def vector(self, batch: Batch) -> Tensor:
         return self._read(self.direct, batch, batch.positions, batch.edge_shift)

@@ -121,6 +121,7 @@ class Neighbors:
         """[N, K, D] features of the neighbours."""
         return x_ND.index_select(0, self.source).view(*self.envelope.shape, -1)
 
+    @torch.compiler.disable
     def dot(self, q_HNd: Tensor, k_HNd: Tensor) -> Tensor:
         """Inner products q_i . k_j of every node with its neighbours [H, N, K]."""
         if self.pattern is not None:
@@ -129,6 +130,7 @@ class Neighbors:
         k_HNKd = k_HNd.index_select(1, self.source).unflatten(1, self.envelope.shape)
         return (q_HNd.unsqueeze(2) * k_HNKd).sum(-1)
 
+    @torch.compiler.disable
     def transport(self, alpha_HNK: Tensor, value_HNF: Tensor) -> Tensor:
         """sum_j alpha_ij value_j in every head [H, N, F]."""
         if self.pattern is not None:

@@ -88,7 +88,8 @@ class SampledProduct(Function):
         ctx.pattern = pattern
         empty = pattern.matrix(x.new_zeros(len(pattern.column)))
         with torch.autocast(x.device.type, enabled=False):
-            return torch.sparse.sampled_addmm(empty, x.contiguous(), y.contiguous().T, beta=0.0).values()
+            sampled = torch.sparse.sampled_addmm(empty, x.contiguous(), y.contiguous().T, beta=0.0)
+        return sampled.values().clone()  # compilers stumble over views of sparse tensors
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
