@@ -19,13 +19,13 @@ from torch import Tensor, nn
 TOLERANCE = 0.05  # of the number of parameters
 TYPICAL_DEGREE = 30.0  # neighbours; a constant that MACE divides by
 
-# Everything of Moiety but its width, from the proportions of pretrain/configs/small.yaml: edge_channels is a quarter of
-# hidden_size, rounded to a multiple of num_heads.
+# Everything of Moiety but its width, as in pretrain/configs/tiny.yaml: few layers, but wide. edge_channels is a quarter
+# of hidden_size, rounded to a multiple of num_heads.
 MOIETY_SHAPES: dict[str, dict[str, Any]] = {
-    "moiety-l1": {"lmax": 1, "num_layers": 6, "num_heads": 4, "global_every": 0},
-    "moiety-l2": {"lmax": 2, "num_layers": 6, "num_heads": 4, "global_every": 0},
-    "moiety-l1-global": {"lmax": 1, "num_layers": 6, "num_heads": 4, "global_every": 2},
-    "moiety-l2-global": {"lmax": 2, "num_layers": 6, "num_heads": 4, "global_every": 2},
+    "moiety-l1": {"lmax": 1, "num_layers": 3, "num_heads": 4, "global_every": 0},
+    "moiety-l2": {"lmax": 2, "num_layers": 3, "num_heads": 4, "global_every": 0},
+    "moiety-l1-global": {"lmax": 1, "num_layers": 3, "num_heads": 4, "global_every": 2},
+    "moiety-l2-global": {"lmax": 2, "num_layers": 3, "num_heads": 4, "global_every": 2},
 }
 
 
