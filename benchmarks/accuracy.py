@@ -109,7 +109,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=words(one_of(CORPUS)), default=list(CORPUS))
     parser.add_argument("--models", type=words(one_of(MODELS)), default=list(MODELS))
     parser.add_argument("--seeds", type=words(int), default=[0, 1])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/accuracy", help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/accuracy", help="folder of the runs")
     return parser.parse_args(argv)
 
 
