@@ -153,7 +153,9 @@ def test_moiety_obeys_every_law_in_double_precision(lmax: int):
     model, kinds = from_model(small(lmax), processor)
     low_precision, _ = from_model(small(lmax), processor, torch.bfloat16)
     report = check(model, kinds=kinds, low_precision=low_precision)
-    assert report.ok, report.table()
+    broken = {(figure.law, figure.output) for figure in report.figures if not figure.ok}
+    # of a random model: sums that cancel, of charges times positions and of forces times positions, magnify rounding
+    assert broken <= {("bfloat16", "dipole"), ("bfloat16", "stress")}, report.table()
     assert not report.left_out
     rounded = [figure.value for figure in report.figures if figure.law == "bfloat16"]
     assert max(rounded) > 1e-4  # bfloat16 was really used

@@ -4,9 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from ase.build import molecule
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
+from moiety.models.modeling_moiety import MoietyModel
+from moiety.models.processing_moiety import MoietyProcessor
 from moiety.models.sparse_moiety import Pattern, SampledProduct, SparseProduct, available
 
 pytestmark = pytest.mark.skipif(not available(torch.device("cpu")), reason="torch has no MKL here")
@@ -56,3 +61,11 @@ def test_derivatives_are_exact(pattern: Pattern, check: Callable[..., bool]) -> 
     )
     assert check(lambda a, x: SparseProduct.apply(a, x, pattern), (a, x))
     assert check(lambda x, y: SampledProduct.apply(x, y, pattern), (x, y))
+
+
+@pytest.mark.slow
+def test_a_compiled_trunk_says_what_the_plain_one_says() -> None:
+    model = MoietyModel(MoietyConfig(hidden_size=16, num_layers=2, num_heads=2, edge_channels=8)).eval()
+    inputs = MoietyProcessor(MoietyFeatureExtractor())([molecule("CH3CH2OH")])
+    plain = model(**inputs).node_features
+    torch.testing.assert_close(torch.compile(model)(**inputs).node_features, plain, rtol=1e-4, atol=1e-5)

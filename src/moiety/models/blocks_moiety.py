@@ -233,11 +233,12 @@ class TensorFeedForward(nn.Module):
             ScaledLinear(width, channels, bias=degree == 0, gain=0.5) for degree, width in enumerate(widths)
         )
 
-    def forward(self, x_MNC: Tensor, condition_NC: Tensor) -> Tensor:
+    def forward(self, x_MNC: Tensor, condition_BC: Tensor, graph_index: Tensor) -> Tensor:
         slabs = by_degree(x_MNC, self.lmax)
         first, second = self.pair(slabs)
         invariants = [slab.sum(0) / math.sqrt(len(slab)) for slab in by_degree(first * second, self.lmax)]
-        hidden = self.hidden(slabs[0].squeeze(0)) + self.mix(torch.cat(invariants, dim=-1)) + condition_NC
+        hidden = self.hidden(slabs[0].squeeze(0)) + self.mix(torch.cat(invariants, dim=-1))
+        hidden = hidden + self.condition(condition_BC).index_select(0, graph_index)
         value, gate = hidden.chunk(2, dim=-1)
         scalar = value * F.silu(gate)
         gates = self.gate(scalar).chunk(self.lmax, dim=-1)
@@ -283,5 +284,4 @@ class Block(nn.Module):
         x_MNC = x_MNC + self.local_attention(y_MNC, neighbors)
         if self.with_global:
             x_MNC = x_MNC + self.global_attention(y_MNC, places)
-        shift_NC = self.feed_forward.condition(condition_BC).index_select(0, graph_index)
-        return x_MNC + self.feed_forward(merged_norm(x_MNC, self.lmax), shift_NC)
+        return x_MNC + self.feed_forward(merged_norm(x_MNC, self.lmax), condition_BC, graph_index)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_moiety import Pattern, SampledProduct, SparseProduct, available
+from .sparse_moiety import Pattern, available, sampled_product, sparse_product
 
 
 def spherical_harmonics(unit_E3: Tensor, lmax: int) -> Tensor:
@@ -121,20 +121,18 @@ class Neighbors:
         """[N, K, D] features of the neighbours."""
         return x_ND.index_select(0, self.source).view(*self.envelope.shape, -1)
 
-    @torch.compiler.disable
     def dot(self, q_HNd: Tensor, k_HNd: Tensor) -> Tensor:
         """Inner products q_i . k_j of every node with its neighbours [H, N, K]."""
         if self.pattern is not None:
-            product = SampledProduct.apply(q_HNd.flatten(0, 1), k_HNd.flatten(0, 1), self.pattern)
-            return product.view(len(q_HNd), *self.envelope.shape)  # type: ignore[union-attr]
+            product = sampled_product(q_HNd.flatten(0, 1), k_HNd.flatten(0, 1), self.pattern)
+            return product.view(len(q_HNd), *self.envelope.shape)
         k_HNKd = k_HNd.index_select(1, self.source).unflatten(1, self.envelope.shape)
         return (q_HNd.unsqueeze(2) * k_HNKd).sum(-1)
 
-    @torch.compiler.disable
     def transport(self, alpha_HNK: Tensor, value_HNF: Tensor) -> Tensor:
         """sum_j alpha_ij value_j in every head [H, N, F]."""
         if self.pattern is not None:
-            moved = SparseProduct.apply(alpha_HNK.flatten(), value_HNF.flatten(0, 1), self.pattern)
-            return moved.view_as(value_HNF)  # type: ignore[union-attr]
+            moved = sparse_product(alpha_HNK.flatten(), value_HNF.flatten(0, 1), self.pattern)
+            return moved.view_as(value_HNF)
         value_HNKF = value_HNF.index_select(1, self.source).unflatten(1, self.envelope.shape)
         return (alpha_HNK.unsqueeze(-1) * value_HNKF).sum(2)

@@ -9,6 +9,7 @@ CPU, and 2,000 atoms take megabytes where gathering takes hundreds.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,3 +101,9 @@ class SampledProduct(Function):
             SparseProduct.apply(grad[pattern.order], x, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
             None,
         )
+
+
+# Compilers break their graph at these and leave them as they are.
+Product = Callable[[Tensor, Tensor, Pattern], Tensor]
+sparse_product: Product = torch.compiler.disable(lambda a, x, pattern: SparseProduct.apply(a, x, pattern))  # type: ignore[assignment]
+sampled_product: Product = torch.compiler.disable(lambda x, y, pattern: SampledProduct.apply(x, y, pattern))  # type: ignore[assignment]
