@@ -191,7 +191,12 @@ def test_ctrl_c_ends_all_workers(recipe: Path, tmp_path: Path):
     )
     script = tmp_path / "go.py"
     script.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in code.splitlines()))
-    process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stderr=subprocess.DEVNULL)
+    # a shell hands down to what it runs in the background that interrupts are ignored
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", sys.executable, str(script)],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(workers := children.read_text().split()) < 3 and time.monotonic() < deadline:  # two and their tracker
