@@ -1,6 +1,6 @@
 """Speed and memory of models of one size, Moiety's beside TorchMD-NET, TensorNet, ViSNet, MACE and eSEN.
 
-    make bench                                                    everything, half an hour on a quiet core
+    make bench                                                    everything, on a quiet core
     python benchmarks/speed.py --quick [--models moiety-l1,torchmd-et]      the first table, in two rounds
     make bench-gpu                                                on a CUDA device
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             return gpu.run(names, NUM_PARAMETERS, args.out or ROOT / "benchmarks/results/speed_gpu.json")
         whole = not args.quick and not args.models
         if whole:
-            tables.around_marks(PAGE)  # half an hour later would be late
+            tables.around_marks(PAGE)  # after the measurements would be late
         results = measure(names, args.quick)
     except InputError as error:
         print(f"speed.py: {error}", file=sys.stderr)

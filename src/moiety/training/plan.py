@@ -120,7 +120,8 @@ def training_flops(model: nn.Module, nodes: float, edges: float) -> float:
         elif isinstance(module, LocalAttention):
             flops += _linear_flops(module.filter, edges)
             seen.add(module.filter)
-            flops += 3 * 2 * edges * (module.lmax + 1) ** 2 * module.width  # angles, built, moved
+            per_channel = 2 * edges * (module.lmax + 1) ** 2
+            flops += per_channel * (module.filter.out_features + 2 * module.width)  # angles; built and moved
     others = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in seen]
     return 3 * (flops + sum(_linear_flops(linear, nodes) for linear in others))
 
