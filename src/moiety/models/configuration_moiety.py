@@ -32,7 +32,7 @@ class MoietyConfig(PreTrainedConfig):
     num_heads: int = 4
     lmax: int = 2
     edge_channels: int = 32
-    num_radial: int = 8
+    num_radial: int = 12
     cutoff: float = 5.0
     global_every: int = 2
     vocab_size: int = 145
