@@ -69,7 +69,7 @@ class Job:
     def command(self, out: Path) -> list[str]:
         python = sys.executable if self.model.startswith("moiety") else str(PEERS_PYTHON)
         amount = ["--seconds" if self.budget.endswith("s") else "--passes", self.budget[:-1]]
-        tried = ["--lr", str(self.lr), "--readout", str(self.readout), "--points", "1"] if self.lr else []
+        tried = ["--lr", str(self.lr), "--readout", str(self.readout), "--points", "1", "--no-test"] if self.lr else []
         return [
             python, str(ROOT / "benchmarks/accuracy/train.py"), "--model", self.model, "--task", self.task, *amount,
             "--seed", str(self.seed), "--data", str(ARRAYS), "--out", str(out), *tried,

@@ -227,11 +227,12 @@ def train(
     lr: float,
     ema: float,
     num_points: int,
+    with_test: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains until the budget is spent and leaves the predictor with the weights of lowest validation error.
 
-    Returns one entry a point: seconds, passes, train_loss (mean since the last point), val, test. A loss that is no
-    number ends the run; the points so far say how far it came.
+    Returns one entry a point: seconds, passes, train_loss (mean since the last point), val and, where it is wanted,
+    test. A loss that is no number ends the run; the points so far say how far it came.
     """
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=0.0)
     average = Average(predictor, ema)
@@ -261,7 +262,8 @@ def train(
             average.swap()
             point = {"seconds": budget.spent, "passes": budget.passes, "train_loss": float(np.mean(losses))}
             point["val"] = evaluate(predictor, splits["val"])
-            point["test"] = evaluate(predictor, splits["test"], CURVE_TEST)
+            if with_test:
+                point["test"] = evaluate(predictor, splits["test"], CURVE_TEST)
             points.append(point)
             if point is min(points, key=lambda p: judged(predictor.task, p)):
                 best = {name: tensor.clone() for name, tensor in predictor.state_dict().items()}
@@ -307,6 +309,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--readout", choices=("mean", "sum"), help="default: the pilot's choice")
     parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights; 0: none")
     parser.add_argument("--points", type=int, default=12, help="of the curve")
+    parser.add_argument("--no-test", action="store_true", help="validation only: to choose by")
     parser.add_argument("--data", type=Path, default=Path("corpora/accuracy"), help="folder that prepare.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args(argv)
@@ -336,12 +339,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     predictor = Predictor(model, task, readout == "mean", splits["train"])
     budget = Budget(args.seconds, args.passes)
-    points = train(predictor, splits, budget, args.seed, lr, args.ema, args.points)
+    points = train(predictor, splits, budget, args.seed, lr, args.ema, args.points, not args.no_test)
     found = {
         "model": args.model, "task": args.task, "seed": args.seed, "seconds": args.seconds, "passes": args.passes,
         "lr": lr, "readout": readout, "ema": args.ema, "batch": task.batch, "num_parameters": count_parameters(model),
         "val": min(points, key=lambda point: judged(task, point))["val"] if points else None,
-        "test": evaluate(predictor, splits["test"]) if points else None,
+        "test": evaluate(predictor, splits["test"]) if points and not args.no_test else None,
         "points": points, "torch": torch.__version__,
     }  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
