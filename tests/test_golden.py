@@ -25,7 +25,7 @@ STEPS = 4
 def losses(lmax: int) -> list[dict[str, float]]:
     """Losses by objective of a few AdamW steps on a mixed batch, in float64 so that machines agree."""
     torch.manual_seed(0)
-    config = MoietyConfig(hidden_size=32, num_layers=2, num_heads=2, edge_channels=16, lmax=lmax)
+    config = MoietyConfig(hidden_size=32, num_layers=2, num_heads=2, edge_channels=16, lmax=lmax, num_radial=8)
     model = MoietyForPreTraining(config).double()
     objectives = build_objectives({"types": {}, "cell": {}, "coordinates": {}})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

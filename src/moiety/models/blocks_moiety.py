@@ -171,31 +171,21 @@ class GlobalAttention(nn.Module):
 
 
 class StructurePlaces:
-    """Which nodes belong together: runs attention inside every structure, structures of like size in one call."""
+    """Runs attention inside every structure, structures of like size in one call."""
 
-    def __init__(self, positions: Tensor, graph_index: Tensor, is_open_B: Tensor):
-        count_B = torch.bincount(graph_index, minlength=len(is_open_B))
-        start_B = count_B.cumsum(0) - count_B
-        bucket_B = torch.log2(count_B.clamp(min=4).double()).mul(2).ceil()  # sizes within a factor of sqrt(2)
-        self.groups: list[tuple[Tensor, Tensor | None]] = []
-        for bucket in bucket_B.unique():
-            graphs = (bucket_B == bucket).nonzero().squeeze(1)
-            most = int(count_B[graphs].max())
-            slot = torch.arange(most, device=positions.device)
-            present = slot < count_B[graphs, None]  # [b, n]
-            node = torch.where(present, start_B[graphs, None] + slot, start_B[graphs, None])
-            self.groups.append((node, None if bool(present.all()) else present))
-        x = positions * is_open_B[graph_index, None]  # no distance term in periodic systems
-        one = is_open_B[graph_index, None].to(x.dtype)
+    def __init__(self, positions: Tensor, is_open_N: Tensor, groups: list[tuple[Tensor, Tensor | None]]):
+        self.groups = groups
+        x = positions * is_open_N[:, None]  # no distance term in periodic systems
+        one = is_open_N[:, None].to(x.dtype)
         square = x.square().sum(-1, keepdim=True)
-        pad = x.new_zeros(len(x), 3)
+        pad = torch.zeros_like(x)
         self.distance_columns = (torch.cat([square, one, x, pad], -1), torch.cat([-one, -square, 2 * x, pad], -1))
 
     def attend(self, qkv_NH3F: Tensor) -> Tensor:
         """Softmax attention inside each structure: [N, H, F]."""
         if len(self.groups) == 1 and self.groups[0][1] is None:  # structures of one size lie one after the other
             return _attention(qkv_NH3F.unflatten(0, self.groups[0][0].shape), None).flatten(0, 1)
-        out = qkv_NH3F.new_zeros(len(qkv_NH3F), qkv_NH3F.shape[1], qkv_NH3F.shape[3])
+        out = torch.zeros_like(qkv_NH3F[:, :, 0])
         for node, present in self.groups:
             flat = node.flatten()
             y = _attention(qkv_NH3F.index_select(0, flat).unflatten(0, node.shape), present)

@@ -1,5 +1,6 @@
 """Closed forms on edges: harmonics, radial basis, envelope; and the neighbours of every node as one dense table."""
-# Shapes: N nodes, E edges, K most neighbours of a node, M = (lmax + 1)^2 components, R radial functions, C channels.
+# Shapes: B structures, N nodes, E edges, K most neighbours of a node, M = (lmax + 1)^2 components, R radial functions,
+# C channels.
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def symmetric_basis(like: Tensor) -> Tensor:
 
 def mean_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
     """Mean of x [N, ...] over the nodes of each structure: [B, ...]."""
-    count_B = torch.bincount(graph_index, minlength=num_graphs).clamp(min=1).to(x_N.dtype)
+    count_B = sum_per_graph(torch.ones_like(graph_index, dtype=x_N.dtype), graph_index, num_graphs).clamp(min=1)
     return sum_per_graph(x_N, graph_index, num_graphs) / count_B.view(-1, *[1] * (x_N.dim() - 1))
 
 
@@ -62,77 +63,120 @@ def sum_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
 
 
 @dataclass
+class Layout:
+    """Which nodes meet: indices alone, whose sizes depend on the data. What is computed from them has a fixed form.
+
+    Attributes:
+        source: [N,K] node at the other end of each edge; the node itself in empty places.
+        place: [E] where each edge stands in a table [N*K].
+        pattern: of the attention weights of all heads; None where values are gathered.
+        groups: structures of like size, their nodes [b,n] one a row; where they differ in size also which places [b,n]
+            are taken.
+    """
+
+    source: Tensor
+    place: Tensor
+    pattern: Pattern | None
+    groups: list[tuple[Tensor, Tensor | None]]
+
+    @classmethod
+    def build(
+        cls, edge_index: Tensor, graph_index: Tensor, num_graphs: int, num_heads: int, for_compiler: bool = False
+    ) -> Layout:
+        """From edges sorted by destination (row 1 of edge_index).
+
+        Args:
+            for_compiler: one padded group and no sparse products, so that every batch is computed by the same graph.
+        """
+        device, num_nodes = edge_index.device, len(graph_index)
+        source, destination = edge_index
+        degree_N = torch.bincount(destination, minlength=num_nodes)
+        most = max(int(degree_N.max()), 1)
+        first_edge_N = degree_N.cumsum(0) - degree_N
+        place_E = destination * most + torch.arange(len(source), device=device) - first_edge_N[destination]
+        own = torch.arange(num_nodes, device=device).repeat_interleave(most)
+        source = own.index_copy(0, place_E, source)
+        # torch cuts a pattern that has more places than its matrix: a small cell with many images gathers
+        sparse = not for_compiler and available(device) and most <= num_nodes
+        return cls(
+            source=source.view(num_nodes, most),
+            place=place_E,
+            pattern=Pattern.build(source, most, num_heads) if sparse else None,
+            groups=_groups(graph_index, num_graphs, one=for_compiler),
+        )
+
+
+def _groups(graph_index: Tensor, num_graphs: int, one: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """Structures whose sizes are within a factor of sqrt(2); or all in `one`."""
+    count_B = torch.bincount(graph_index, minlength=num_graphs)
+    start_B = count_B.cumsum(0) - count_B
+    bucket_B = torch.zeros_like(count_B) if one else torch.log2(count_B.clamp(min=4).double()).mul(2).ceil()
+    groups = []
+    for bucket in bucket_B.unique():
+        graphs = (bucket_B == bucket).nonzero().squeeze(1)
+        slot = torch.arange(int(count_B[graphs].max()), device=graph_index.device)
+        present = slot < count_B[graphs, None]  # [b, n]
+        node = torch.where(present, start_B[graphs, None] + slot, start_B[graphs, None])
+        groups.append((node, None if not one and bool(present.all()) else present))
+    return groups
+
+
+@dataclass
 class Neighbors:
     """What the blocks need of the edges, as dense [N, K, ...] tables; empty places have envelope 0.
 
     A node's neighbours are then rows of a small matrix, and both aggregations of a block are matrix products.
     """
 
-    source: Tensor  # [N*K] node at the other end; the node itself in empty places
+    layout: Layout
     radial: Tensor  # [N, K, R]
     harmonics: Tensor  # [N, K, M]
     envelope: Tensor  # [N, K]
     fading_harmonics: Tensor  # [N, M, K] harmonics times envelope
-    pattern: Pattern | None  # of the weights of all heads; None where its kernels are missing
 
     @classmethod
-    def build(
-        cls,
-        vector_E3: Tensor,
-        x_E: Tensor,
-        edge_index: Tensor,
-        graph_index: Tensor,
-        num_radial: int,
-        lmax: int,
-        num_heads: int,
-    ) -> Neighbors:
-        """Tables from edges sorted by destination (row 1 of edge_index).
+    def build(cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int) -> Neighbors:
+        """Tables of edges.
 
         Args:
             vector_E3: from destination to source, Å.
             x_E: length of each edge as a share of its cutoff.
         """
-        num_nodes = len(graph_index)
-        source, destination = edge_index
-        degree_N = torch.bincount(destination, minlength=num_nodes)
-        most = max(int(degree_N.max()), 1)
-        first_edge_N = degree_N.cumsum(0) - degree_N
-        place_E = destination * most + torch.arange(len(source), device=source.device) - first_edge_N[destination]
         unit_E3 = vector_E3 / vector_E3.norm(dim=-1, keepdim=True)
         features_E = torch.cat(
             [radial_basis(x_E, num_radial), spherical_harmonics(unit_E3, lmax), envelope(x_E)[:, None]], dim=-1
         )
-        table = features_E.new_zeros(num_nodes * most, features_E.shape[-1]).index_copy(0, place_E, features_E)
-        radial, harmonics, u = table.view(num_nodes, most, -1).split([num_radial, (lmax + 1) ** 2, 1], dim=-1)
-        own = torch.arange(num_nodes, device=source.device).repeat_interleave(most)
-        source = own.index_copy(0, place_E, source)
+        table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
+        table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
+        radial, harmonics, u = table.split([num_radial, (lmax + 1) ** 2, 1], dim=-1)
         u, harmonics = u.squeeze(-1).contiguous(), harmonics.contiguous()
         return cls(
-            source=source,
+            layout=layout,
             radial=radial.contiguous(),
             harmonics=harmonics,
             envelope=u,
             fading_harmonics=(harmonics * u.unsqueeze(-1)).transpose(1, 2).contiguous(),
-            # torch cuts a pattern that has more places than its matrix: a small cell with many images gathers
-            pattern=Pattern.build(source, most, num_heads) if available(source.device) and most <= num_nodes else None,
         )
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """[N, K, D] features of the neighbours."""
-        return x_ND.index_select(0, self.source).view(*self.envelope.shape, -1)
+        source = self.layout.source
+        return x_ND.index_select(0, source.flatten()).view(*source.shape, -1)
 
     def dot(self, q_HNd: Tensor, k_HNd: Tensor) -> Tensor:
         """Inner products q_i . k_j of every node with its neighbours [H, N, K]."""
-        if self.pattern is not None:
-            product = sampled_product(q_HNd.flatten(0, 1), k_HNd.flatten(0, 1), self.pattern)
-            return product.view(len(q_HNd), *self.envelope.shape)
-        k_HNKd = k_HNd.index_select(1, self.source).unflatten(1, self.envelope.shape)
+        source, pattern = self.layout.source, self.layout.pattern
+        if pattern is not None:
+            product = sampled_product(q_HNd.flatten(0, 1), k_HNd.flatten(0, 1), pattern)
+            return product.view(len(q_HNd), *source.shape)
+        k_HNKd = k_HNd.index_select(1, source.flatten()).unflatten(1, source.shape)
         return (q_HNd.unsqueeze(2) * k_HNKd).sum(-1)
 
     def transport(self, alpha_HNK: Tensor, value_HNF: Tensor) -> Tensor:
         """sum_j alpha_ij value_j in every head [H, N, F]."""
-        if self.pattern is not None:
-            moved = sparse_product(alpha_HNK.flatten(), value_HNF.flatten(0, 1), self.pattern)
+        source, pattern = self.layout.source, self.layout.pattern
+        if pattern is not None:
+            moved = sparse_product(alpha_HNK.flatten(), value_HNF.flatten(0, 1), pattern)
             return moved.view_as(value_HNF)
-        value_HNKF = value_HNF.index_select(1, self.source).unflatten(1, self.envelope.shape)
+        value_HNKF = value_HNF.index_select(1, source.flatten()).unflatten(1, source.shape)
         return (alpha_HNK.unsqueeze(-1) * value_HNKF).sum(2)

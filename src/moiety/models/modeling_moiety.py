@@ -25,7 +25,7 @@ from .blocks_moiety import (
     merged_norm,
 )
 from .configuration_moiety import MoietyConfig
-from .geometry_moiety import Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
+from .geometry_moiety import Layout, Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
 from .vocabulary_moiety import DOMAINS, ELEMENTS, ROLES, node_scale
 
 NOISE_UNIT = 0.05  # Å: where the logarithm of the noise level is zero
@@ -131,7 +131,11 @@ class MoietyModel(MoietyPreTrainedModel):
             Block(config, with_global=bool(every) and (index + 1) % every == 0) for index in range(config.num_layers)
         )
         self.gradient_checkpointing = False  # `activation_checkpointing_enable` sets it, and the function below
+        self.for_compiler = False  # set by whoever compiles the blocks
         self.post_init()
+
+    def layout(self, edge_index: Tensor, graph_index: Tensor, num_graphs: int) -> Layout:
+        return Layout.build(edge_index, graph_index, num_graphs, self.config.num_heads, self.for_compiler)
 
     def forward(
         self,
@@ -148,6 +152,7 @@ class MoietyModel(MoietyPreTrainedModel):
         role: Tensor | None = None,
         node_vectors: Tensor | None = None,
         noise_level: Tensor | None = None,
+        layout: Layout | None = None,
         **kwargs: Any,
     ) -> MoietyOutput:
         """Steerable node features and invariant structure features.
@@ -166,8 +171,9 @@ class MoietyModel(MoietyPreTrainedModel):
             role: [N] index into ROLES; default unspecified.
             node_vectors: [N,4,3] Å, residue offsets N, C, O, CB; default zero.
             noise_level: [B] Å, NaN where it is not told; default not told.
+            layout: of edge_index and graph_index, where it is known already.
         """
-        num_graphs = next((len(t) for t in (domain, charge, spin, pbc, cell) if t is not None), None)
+        num_graphs = next((t.shape[0] for t in (domain, charge, spin, pbc, cell) if t is not None), None)
         if num_graphs is None:
             num_graphs = int(graph_index[-1]) + 1
         per_graph = {"dtype": torch.long, "device": positions.device}
@@ -178,7 +184,7 @@ class MoietyModel(MoietyPreTrainedModel):
             "spin": spin if spin is not None else torch.ones(num_graphs, **per_graph),
             "domain": domain if domain is not None else torch.zeros(num_graphs, **per_graph),
             "role": role if role is not None else torch.zeros_like(node_type),
-            "node_vectors": node_vectors if node_vectors is not None else positions.new_zeros(len(positions), 4, 3),
+            "node_vectors": node_vectors if node_vectors is not None else positions.new_zeros(positions.shape[0], 4, 3),
             "noise_level": noise_level if noise_level is not None else positions.new_full((num_graphs,), math.nan),
         }
         is_open = ~pbc.any(-1) if pbc is not None else torch.ones(num_graphs, dtype=torch.bool, device=positions.device)
@@ -188,10 +194,10 @@ class MoietyModel(MoietyPreTrainedModel):
         vector_E3 = positions[source] + edge_shift - positions[destination]
         scale = node_scale(node_type).to(positions.dtype)
         x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
-        neighbors = Neighbors.build(
-            vector_E3, x_E, edge_index, graph_index, config.num_radial, config.lmax, config.num_heads
-        )
-        places = StructurePlaces(centred, graph_index, is_open)
+        if layout is None:
+            layout = self.layout(edge_index, graph_index, num_graphs)
+        neighbors = Neighbors.build(layout, vector_E3, x_E, config.num_radial, config.lmax)
+        places = StructurePlaces(centred, is_open[graph_index], layout.groups)
         with full_precision(positions):
             x, condition = self.embedding(inputs, positions.dtype)
         for block in self.blocks:
@@ -263,7 +269,7 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         with full_precision(features):
             noise = self.noise_head(features)
             type_logits = self.type_head(features[:, 0])
-            strain = self.strain_head(features, graph_index, len(trunk.graph_features))
+            strain = self.strain_head(features, graph_index, trunk.graph_features.shape[0])
         return MoietyPreTrainingOutput(
             loss=F.mse_loss(noise, noise_target) if noise_target is not None else None,
             noise=noise,
@@ -367,7 +373,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
 
     def _read(self, positions: Tensor, node_type: Tensor, **inputs: Any) -> MoietyPredictionOutput:
         trunk = self.moiety(positions=positions, node_type=node_type, **inputs)
-        read = (trunk.node_features, positions, node_type, trunk.graph_index, len(trunk.graph_features))
+        read = (trunk.node_features, positions, node_type, trunk.graph_index, trunk.graph_features.shape[0])
         with full_precision(positions):
             predictions = {name: head(*read) for name, head in self.heads.items()}
         return MoietyPredictionOutput(predictions=predictions, **trunk)
@@ -390,7 +396,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
         """
         with torch.enable_grad():
             at = positions.detach().requires_grad_()
-            strain_B33 = positions.new_zeros(len(cell), 3, 3).requires_grad_()
+            strain_B33 = positions.new_zeros(cell.shape[0], 3, 3).requires_grad_()
             symmetric_B33 = (strain_B33 + strain_B33.mT) / 2
             output = self._read(
                 at + torch.einsum("na,nab->nb", at, symmetric_B33[graph_index]),
