@@ -196,6 +196,14 @@ def test_the_small_configuration_trains_two_steps(tmp_path: Path):
     assert [r["step"] for r in records] == [1, 2] and records[-1]["skipped_steps"] == 0
 
 
+@pytest.mark.slow
+def test_two_compiled_ranks_train_as_plain_ones(tmp_path: Path):
+    options = [*SMALL, "steps=3", "hidden_size=16", "num_layers=2", "num_heads=2", "edge_channels=8", "ds=zero2"]
+    plain = train(tmp_path / "plain", *options, ranks=2)
+    compiled = train(tmp_path / "compiled", *options, "compile=true", ranks=2)
+    assert largest_difference(plain, compiled) < 1e-5
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("base", 1e8), ("large", 1e9)])
 def test_the_plan_of_a_large_configuration_starts_nothing(name: str, parameters: float, capsys: Any, tmp_path: Path):
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--out", str(tmp_path / "run"), "--plan"]

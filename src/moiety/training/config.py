@@ -70,6 +70,7 @@ class TrainingConfig:
     ds: str = "zero0"  # a name in launch/ds, or the path of a DeepSpeed JSON
     precision: str = "fp32"  # fp32 | bf16 (linear maps of the trunk only)
     checkpoint_activations: bool = False  # keep what enters a block, compute its inside again in the backward pass
+    compile: bool = False  # steps through torch.compile: faster, after some minutes at the first step
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10

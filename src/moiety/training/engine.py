@@ -96,6 +96,7 @@ def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: Trainin
         )
     settings = load_ds_config(training.ds, optimizer, training, micro_batches // world)
     refuse_zero3_forces(model, settings, training.ds)
+    refuse_to_compile(model, settings, training)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
@@ -116,6 +117,22 @@ def refuse_zero3_forces(model: nn.Module, settings: dict[str, Any], name: str) -
             f"training.ds={name}: the forces of a head of kind energy are derivatives taken inside the forward pass; "
             "their own backward needs every weight again after ZeRO-3 has let go of it. Use zero2, or a head of direct "
             "forces (kind: vector)"
+        )
+
+
+def refuse_to_compile(model: nn.Module, settings: dict[str, Any], training: TrainingConfig) -> None:
+    """InputError where `training.compile` meets what it cannot be combined with."""
+    if not training.compile:
+        return
+    if settings.get("zero_optimization", {}).get("stage") == 3:
+        raise InputError(
+            f"training.compile=true with training.ds={training.ds}: ZeRO-3 fetches weights in hooks that a compiled "
+            "block does not run. Use zero2, or leave one of the two out"
+        )
+    if training.checkpoint_activations and getattr(model, "energy", None) is not None:
+        raise InputError(
+            "training.compile=true with training.checkpoint_activations=true: forces are written out as one graph, in "
+            "which the compiler chooses what is computed again. Leave checkpoint_activations out"
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from moiety.objectives import Objective
 from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.training.compiled import compile_model
 from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.engine import WeightAverage, apply_step, set_lr, start_engine
 from moiety.training.mixture import Mixture
@@ -48,6 +49,9 @@ def fit(
     run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
     if training.checkpoint_activations:
         model.activation_checkpointing_enable()  # type: ignore[operator]
+    if training.compile:
+        run.progress.note("compiling: the first step takes minutes")
+        compile_model(model)
     engine = start_engine(model, optimizer, training, per_step)
     average = WeightAverage(engine, optimizer.ema)
     run.engine, run.average = engine, average
