@@ -272,7 +272,7 @@ def write(runs: Runs, baselines: Mapping[str, Any], sheets: Sequence[tables.Shee
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """Test error along the runs of the longest budget of each kind: a row a task, against time and against passes."""
+    """Validation error along the runs of the longest budget of each kind: a row a task; against time and passes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -289,13 +289,13 @@ def plot(runs: Runs, path: Path) -> None:
             for index, model in enumerate(MODELS):
                 look = {"linestyle": "--", "linewidth": 1} if is_peer(model) else {"linewidth": 2}
                 for number, entry in enumerate(runs.get((longest, task, model), [])):
-                    line = [(point[along], point["test"][what]) for point in entry["points"]]
+                    line = [(point[along], point["val"][what]) for point in entry["points"]]
                     label = model if number == 0 else None
                     axis.plot(
                         *zip(*line, strict=True), color=f"C{index}", marker="o", markersize=2, label=label, **look
                     )
             x_label = "CPU seconds" if along == "seconds" else "molecule passes"
-            axis.set(yscale="log", xlabel=x_label, ylabel=f"test MAE: {COLUMNS[task, what][0]}")
+            axis.set(yscale="log", xlabel=x_label, ylabel=f"validation MAE: {COLUMNS[task, what][0]}")
             axis.grid(alpha=0.3, which="both")
     lines = {line.get_label(): line for line in figure.findobj(pyplot.Line2D) if line.get_label() in MODELS}
     axes[0][0].legend(handles=list(lines.values()), fontsize=7)

@@ -120,8 +120,8 @@ def test_twenty_steps_learn_something_and_are_written_down(
     assert [point["passes"] for point in run["points"]] == [40, 80, 120, 160]
     assert 0 < first["seconds"] < last["seconds"]
     best = min(run["points"], key=lambda point: point["val"][key])
-    assert run["val"] == best["val"]
-    assert run["test"] == pytest.approx(best["test"])  # fewer test molecules than a curve evaluates: all of them
+    assert run["val"] == pytest.approx(best["val"])  # of the weights that were tested
+    assert run["test"].keys() == run["val"].keys()
     assert abs(run["num_parameters"] / script.NUM_PARAMETERS - 1) < 0.4
     assert (run["model"], run["task"], run["lr"], run["passes"]) == ("moiety-l1", task, 2e-3, 160)
 
@@ -130,7 +130,7 @@ def test_the_same_seed_in_passes_is_the_same_run(script: Any, arrays: Path, tmp_
     def errors(seed: int) -> list[Any]:
         budget = ("--task", "gap", "--passes", "48", "--points", "2", "--seed", str(seed))
         points = trained(script, arrays, tmp_path / "run.json", *budget)["points"]
-        return [{key: point[key] for key in ("passes", "train_loss", "val", "test")} for point in points]
+        return [{key: point[key] for key in ("passes", "train_loss", "val")} for point in points]
 
     assert errors(3) == errors(3) != errors(4)
 
@@ -181,7 +181,7 @@ def test_without_arrays_or_with_an_unknown_model_training_says_what_to_do(
 
 
 def entry(task: str, model: str, seed: int, **errors: float) -> dict[str, Any]:
-    point = {"seconds": 510.2, "passes": 1000, "train_loss": 1.0, "val": errors, "test": errors}
+    point = {"seconds": 510.2, "passes": 1000, "train_loss": 1.0, "val": errors}
     return {
         "model": model, "task": task, "seed": seed, "seconds": 510.0, "passes": None, "lr": 1e-3, "readout": "sum",
         "num_parameters": 400_000, "val": errors, "test": errors, "points": [point],

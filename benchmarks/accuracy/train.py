@@ -34,7 +34,6 @@ from peers.systems import Batch
 
 NUM_PARAMETERS = 400_000
 EVALUATED = 128  # molecules at a time
-CURVE_TEST = 1_000  # test molecules at a point of the curve
 WARMUP = 0.02  # share of the budget in which the learning rate rises; from there it falls as a cosine, to zero
 CLIP = 10.0  # norm of the gradient
 ENERGY_WEIGHT, FORCES_WEIGHT = 0.2, 0.8  # as TorchMD-NET publishes them for MD17, for all models
@@ -150,12 +149,12 @@ class Predictor(nn.Module):
         return ENERGY_WEIGHT * error_B.mean() + FORCES_WEIGHT * error_forces
 
 
-def evaluate(predictor: Predictor, molecules: Molecules, most: int | None = None) -> dict[str, float]:
-    """MAE in meV, of forces in meV/Å, of the first `most` molecules."""
+def evaluate(predictor: Predictor, molecules: Molecules) -> dict[str, float]:
+    """MAE in meV, of forces in meV/Å."""
     predictor.eval()
     errors, error_forces = [], []
     with torch.no_grad():
-        for chosen in torch.arange(len(molecules))[:most].split(EVALUATED):
+        for chosen in torch.arange(len(molecules)).split(EVALUATED):
             batch, label, forces = molecules.batch(chosen)
             predicted, predicted_forces = predictor(batch)
             errors.append((predicted.detach() - label).abs())
@@ -227,12 +226,11 @@ def train(
     lr: float,
     ema: float,
     num_points: int,
-    with_test: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains until the budget is spent and leaves the predictor with the weights of lowest validation error.
 
-    Returns one entry a point: seconds, passes, train_loss (mean since the last point), val and, where it is wanted,
-    test. A loss that is no number ends the run; the points so far say how far it came.
+    Returns one entry a point: seconds, passes, train_loss (mean since the last point), val. A loss that is no number
+    ends the run; the points so far say how far it came.
     """
     optimizer = torch.optim.AdamW(predictor.parameters(), lr=lr, weight_decay=0.0)
     average = Average(predictor, ema)
@@ -262,8 +260,6 @@ def train(
             average.swap()
             point = {"seconds": budget.spent, "passes": budget.passes, "train_loss": float(np.mean(losses))}
             point["val"] = evaluate(predictor, splits["val"])
-            if with_test:
-                point["test"] = evaluate(predictor, splits["test"], CURVE_TEST)
             points.append(point)
             if point is min(points, key=lambda p: judged(predictor.task, p)):
                 best = {name: tensor.clone() for name, tensor in predictor.state_dict().items()}
@@ -339,11 +335,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     predictor = Predictor(model, task, readout == "mean", splits["train"])
     budget = Budget(args.seconds, args.passes)
-    points = train(predictor, splits, budget, args.seed, lr, args.ema, args.points, not args.no_test)
+    points = train(predictor, splits, budget, args.seed, lr, args.ema, args.points)
     found = {
         "model": args.model, "task": args.task, "seed": args.seed, "seconds": args.seconds, "passes": args.passes,
         "lr": lr, "readout": readout, "ema": args.ema, "batch": task.batch, "num_parameters": count_parameters(model),
-        "val": min(points, key=lambda point: judged(task, point))["val"] if points else None,
+        "val": evaluate(predictor, splits["val"]) if points else None,
         "test": evaluate(predictor, splits["test"]) if points and not args.no_test else None,
         "points": points, "torch": torch.__version__,
     }  # fmt: skip
