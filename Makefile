@@ -62,9 +62,11 @@ transfer-quick: $(INSTALLED)
 # Speed and memory beside other models, which have an environment of their own.
 bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/compiled.py
 
 bench-gpu: $(INSTALLED) $(PEERS_INSTALLED)
 	$(BIN)/python benchmarks/speed.py --device cuda
+	$(BIN)/python benchmarks/compiled.py --device cuda --out benchmarks/results/compiled_gpu.json
 
 # Accuracy for the same compute: pilots, then the matrix; many hours. What is finished is not run again.
 bench-accuracy: $(INSTALLED) $(PEERS_INSTALLED)

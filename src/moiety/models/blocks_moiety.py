@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .configuration_moiety import MoietyConfig
-from .geometry_moiety import Neighbors, symmetric_basis
+from .geometry_moiety import Group, Neighbors, symmetric_basis
 
 TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
 LONGEST_REACH = 12.0  # Å: global attention between two atoms falls at least as exp(-r^2 / (2 * 12^2))
@@ -173,7 +173,7 @@ class GlobalAttention(nn.Module):
 class StructurePlaces:
     """Runs attention inside every structure, structures of like size in one call."""
 
-    def __init__(self, positions: Tensor, is_open_N: Tensor, groups: list[tuple[Tensor, Tensor | None]]):
+    def __init__(self, positions: Tensor, is_open_N: Tensor, groups: list[Group]):
         self.groups = groups
         x = positions * is_open_N[:, None]  # no distance term in periodic systems
         one = is_open_N[:, None].to(x.dtype)
@@ -183,15 +183,22 @@ class StructurePlaces:
 
     def attend(self, qkv_NH3F: Tensor) -> Tensor:
         """Softmax attention inside each structure: [N, H, F]."""
-        if len(self.groups) == 1 and self.groups[0][1] is None:  # structures of one size lie one after the other
-            return _attention(qkv_NH3F.unflatten(0, self.groups[0][0].shape), None).flatten(0, 1)
+        if len(self.groups) == 1:  # of all nodes, in order
+            (group,) = self.groups
+            if group.present is None:
+                return _attention(qkv_NH3F.unflatten(0, group.node.shape), None).flatten(0, 1)
+            return self._attend(qkv_NH3F, group)
         out = torch.zeros_like(qkv_NH3F[:, :, 0])
-        for node, present in self.groups:
-            flat = node.flatten()
-            y = _attention(qkv_NH3F.index_select(0, flat).unflatten(0, node.shape), present)
-            index, rows = (flat, y.flatten(0, 1)) if present is None else (node[present], y[present])
-            out = out.index_copy(0, index, rows)
+        for group in self.groups:
+            index = group.node.flatten().index_select(0, group.taken)
+            out = out.index_copy(0, index, self._attend(qkv_NH3F, group))
         return out
+
+    @staticmethod
+    def _attend(qkv_NH3F: Tensor, group: Group) -> Tensor:
+        """Of the nodes of a group, row by row."""
+        qkv_BnH3F = qkv_NH3F.index_select(0, group.node.flatten()).unflatten(0, group.node.shape)
+        return _attention(qkv_BnH3F, group.present).flatten(0, 1).index_select(0, group.taken)
 
 
 def _attention(qkv_BnH3F: Tensor, present_Bn: Tensor | None) -> Tensor:

@@ -63,6 +63,21 @@ def sum_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
 
 
 @dataclass
+class Group:
+    """Structures of like size, one a row.
+
+    Attributes:
+        node: [b,n] their nodes; the first node again in empty places.
+        present: [b,n] whether a place is taken; None where all are.
+        taken: [N of them] the taken places among the b*n.
+    """
+
+    node: Tensor
+    present: Tensor | None
+    taken: Tensor
+
+
+@dataclass
 class Layout:
     """Which nodes meet: indices alone, whose sizes depend on the data. What is computed from them has a fixed form.
 
@@ -70,14 +85,13 @@ class Layout:
         source: [N,K] node at the other end of each edge; the node itself in empty places.
         place: [E] where each edge stands in a table [N*K].
         pattern: of the attention weights of all heads; None where values are gathered.
-        groups: structures of like size, their nodes [b,n] one a row; where they differ in size also which places [b,n]
-            are taken.
+        groups: all structures, those of like size together.
     """
 
     source: Tensor
     place: Tensor
     pattern: Pattern | None
-    groups: list[tuple[Tensor, Tensor | None]]
+    groups: list[Group]
 
     @classmethod
     def build(
@@ -106,7 +120,7 @@ class Layout:
         )
 
 
-def _groups(graph_index: Tensor, num_graphs: int, one: bool) -> list[tuple[Tensor, Tensor | None]]:
+def _groups(graph_index: Tensor, num_graphs: int, one: bool) -> list[Group]:
     """Structures whose sizes are within a factor of sqrt(2); or all in `one`."""
     count_B = torch.bincount(graph_index, minlength=num_graphs)
     start_B = count_B.cumsum(0) - count_B
@@ -117,7 +131,8 @@ def _groups(graph_index: Tensor, num_graphs: int, one: bool) -> list[tuple[Tenso
         slot = torch.arange(int(count_B[graphs].max()), device=graph_index.device)
         present = slot < count_B[graphs, None]  # [b, n]
         node = torch.where(present, start_B[graphs, None] + slot, start_B[graphs, None])
-        groups.append((node, None if not one and bool(present.all()) else present))
+        taken = present.flatten().nonzero().squeeze(1)
+        groups.append(Group(node, present if one or len(taken) < node.numel() else None, taken))
     return groups
 
 

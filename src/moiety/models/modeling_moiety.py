@@ -412,8 +412,11 @@ class MoietyForPrediction(MoietyPreTrainedModel):
             slope_N3, virial_B33 = torch.autograd.grad(
                 output.predictions[energy].sum(), (at, strain_B33), create_graph=self.training
             )
-        volume_B = torch.where(pbc.all(-1), torch.linalg.det(cell).abs(), math.nan)
-        predictions = output.predictions | {"forces": -slope_N3, "stress": virial_B33 / volume_B[:, None, None]}
+        bulk_B11 = pbc.all(-1)[:, None, None]
+        volume_B11 = torch.linalg.det(cell).abs()[:, None, None]
+        stress_B33 = virial_B33 / torch.where(bulk_B11, volume_B11, 1.0)  # dividing by NaN would spoil all gradients
+        stress_B33 = torch.where(bulk_B11, stress_B33, math.nan)
+        predictions = output.predictions | {"forces": -slope_N3, "stress": stress_B33}
         if self.training:
             return MoietyPredictionOutput(**(output | {"predictions": predictions}))
         return MoietyPredictionOutput(

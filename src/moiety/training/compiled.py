@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from moiety.models.geometry_moiety import Layout
+from moiety.models.geometry_moiety import Group, Layout
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyModel, MoietyPredictionOutput
 
 SHAPES: dict[str, tuple[str | int, ...]] = {  # inputs of the model and tensors of its layout
@@ -36,6 +36,7 @@ SHAPES: dict[str, tuple[str | int, ...]] = {  # inputs of the model and tensors 
     "place": ("E",),
     "node": ("B", "n"),
     "present": ("B", "n"),
+    "taken": ("N",),
 }
 # Sizes that are equal in the example are taken for one: these are equal to none of each other, nor to a width.
 EXAMPLE = {"B": 211, "N": 1009, "E": 7919, "K": 127, "n": 149}
@@ -77,8 +78,7 @@ class WrittenOut:
             self.model.config.num_heads,
             for_compiler=True,
         )
-        ((node, present),) = layout.groups
-        tensors = given | {"source": layout.source, "place": layout.place, "node": node, "present": present}
+        tensors = given | {"source": layout.source, "place": layout.place} | vars(layout.groups[0])
         weights = dict(self.model.named_parameters())
         device = positions.device.type
         key = (*((name, tensor.dtype) for name, tensor in tensors.items()), torch.is_autocast_enabled(device))
@@ -106,8 +106,8 @@ def write_out(
 
     def forward(weight_values: list[Tensor], values: list[Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         inputs: dict[str, Any] = dict(zip(tensors, values, strict=True))
-        source, place, node, present = (inputs.pop(name) for name in ("source", "place", "node", "present"))
-        inputs["layout"] = Layout(source, place, None, [(node, present)])
+        source, place, *group = (inputs.pop(name) for name in ("source", "place", "node", "present", "taken"))
+        inputs["layout"] = Layout(source, place, None, [Group(*group)])
         output = torch.func.functional_call(model, dict(zip(weights, weight_values, strict=True)), (), inputs)
         return output.predictions, output.node_features, output.graph_features
 
