@@ -8,6 +8,7 @@ Tan et al. 2025, arXiv 2504.16068).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,8 +39,6 @@ SHAPES: dict[str, tuple[str | int, ...]] = {  # inputs of the model and tensors 
     "present": ("B", "n"),
     "taken": ("N",),
 }
-# Sizes that are equal in the example are taken for one: these are equal to none of each other, nor to a width.
-EXAMPLE = {"B": 211, "N": 1009, "E": 7919, "K": 127, "n": 149}
 
 Graph = Callable[[list[Tensor], list[Tensor]], tuple[dict[str, Tensor], Tensor, Tensor]]
 
@@ -111,7 +110,10 @@ def write_out(
         output = torch.func.functional_call(model, dict(zip(weights, weight_values, strict=True)), (), inputs)
         return output.predictions, output.node_features, output.graph_features
 
-    shapes = [[size if isinstance(size, int) else EXAMPLE[size] for size in SHAPES[name]] for name in tensors]
+    # sizes that are equal in the example are taken for one: these differ from each other and from all of the weights
+    widths = {size for weight in weights.values() for size in weight.shape}
+    sizes = dict(zip("BNEKn", (size for size in itertools.count(101) if size not in widths), strict=False))
+    shapes = [[size if isinstance(size, int) else sizes[size] for size in SHAPES[name]] for name in tensors]
     example = [tensor.new_empty(shape) for tensor, shape in zip(tensors.values(), shapes, strict=True)]
     try:
         model.forward = stand_in.plain
