@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     notes = [f"{task}: compiling took {of['compiling']:.0f} s" for task, of in found.items()]
     columns = ["step", "case", "plain, ms", "compiled, ms", "ratio"]
-    tables.Sheet(f"Training steps of {args.model} on one {args.device} thread", columns, rows, notes).show(Console())
+    tables.Sheet(f"Training steps of {args.model}, {args.device}", columns, rows, notes).show(Console())
     where = machine({}) | {"load": [load, os.getloadavg()[0]], "device": args.device, "torch": torch.__version__}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"machine": where, "model": args.model, "steps": found}, indent=1) + "\n")
