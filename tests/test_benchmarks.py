@@ -246,6 +246,20 @@ def test_the_global_attention_is_measured_against_the_same_model_without():
     assert costs["seconds_without"] == 1.0
 
 
+def test_plain_and_compiled_steps_stand_side_by_side(tmp_path: Path, monkeypatch, capsys):
+    compiled = importlib.import_module("compiled")
+    seen = []
+    monkeypatch.setattr(compiled, "compile_model", seen.append)  # compiling takes a minute
+    out = tmp_path / "compiled.json"
+    assert compiled.main(["--parameters", "400000", "--cases", "molecules 2", "--out", str(out)]) == 0
+    steps = json.loads(out.read_text())["steps"]
+    assert set(steps) == {"direct", "conservative"} and len(seen) == 2
+    for step in steps.values():
+        cost = step["cases"]["molecules 2"]
+        assert cost["ratio"] == cost["compiled"] / cost["plain"] > 0
+    assert "conservative" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_gpu_run_says_so(capsys):
     assert speed().main(["--device", "cuda"]) == 2
