@@ -10,6 +10,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from moiety.errors import InputError
@@ -21,7 +22,7 @@ from moiety.training.compiled import WrittenOut, compile_model
 from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.engine import load_ds_config, refuse_to_compile
 
-SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "edge_channels": 8, "global_every": 2}
+SHAPE = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "edge_channels": 8, "global_every": 1}
 ROCK_SALT = bulk("NaCl", "rocksalt", a=5.64) * (2, 1, 1)
 BATCHES: list[list[Atoms]] = [
     [molecule("CH3CH2OH"), molecule("H2O")],
@@ -38,10 +39,10 @@ def inputs_of(structures: list[Atoms]) -> dict[str, Tensor]:
     return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
 
 
-def predictor(lmax: int, **changes: int) -> MoietyForPrediction:
+def predictor(lmax: int) -> MoietyForPrediction:
     torch.manual_seed(0)
     tasks = {"energy": {"kind": "energy", "references": {"C": -3.0}}, "charge": {"kind": "node"}}
-    return MoietyForPrediction(MoietyConfig(**{**SHAPE, **changes}, lmax=lmax, tasks=tasks)).double().train()
+    return MoietyForPrediction(MoietyConfig(**SHAPE, lmax=lmax, tasks=tasks)).double().train()
 
 
 def learned(model: MoietyForPrediction, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -72,6 +73,21 @@ def test_forces_written_out_are_those_of_the_model(lmax: int) -> None:
             learned(written, inputs), learned(model, inputs), rtol=1e-9, atol=1e-11, equal_nan=True
         )
     assert len(stand_in.graphs) == 1
+
+
+def test_an_adapter_is_written_out_with_the_model() -> None:
+    targets = LoraConfig(r=2, target_modules=["content", "filter", "hidden"], init_lora_weights=False)
+    adapted = get_peft_model(predictor(1), targets).train()
+    written = copy.deepcopy(adapted)
+    inner = written.get_base_model()
+    inner.forward = WrittenOut(inner, compiler=as_it_is)
+    inputs = inputs_of(BATCHES[0])
+    gradients = []
+    for model in (written, adapted):
+        model(**inputs).predictions["forces"].square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all("lora" in name for name in gradients[0])
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
 
 
 def test_outside_of_training_the_model_itself_answers() -> None:
@@ -108,7 +124,7 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(options: dict[str, A
 
 @pytest.mark.slow
 def test_compiled_forces_are_those_of_the_model() -> None:
-    model = predictor(1, num_layers=1, global_every=1)
+    model = predictor(1)
     compiled = copy.deepcopy(model)
     compile_model(compiled)
     for batch in (BATCHES[0], BATCHES[2]):  # a structure alone is compiled anew
