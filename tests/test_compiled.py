@@ -104,6 +104,7 @@ def test_a_compiled_model_keeps_the_names_of_its_weights() -> None:
         before = list(model.state_dict())
         compile_model(model)
         assert list(model.state_dict()) == before
+        assert isinstance(model.forward, WrittenOut) or model.moiety.blocks[0]._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,6 @@ class MoietyModel(MoietyPreTrainedModel):
         self.for_compiler = False  # set by whoever compiles the blocks
         self.post_init()
 
-    def layout(self, edge_index: Tensor, graph_index: Tensor, num_graphs: int) -> Layout:
-        return Layout.build(edge_index, graph_index, num_graphs, self.config.num_heads, self.for_compiler)
-
     def forward(
         self,
         node_type: Tensor,
@@ -195,7 +192,7 @@ class MoietyModel(MoietyPreTrainedModel):
         scale = node_scale(node_type).to(positions.dtype)
         x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
         if layout is None:
-            layout = self.layout(edge_index, graph_index, num_graphs)
+            layout = Layout.build(edge_index, graph_index, num_graphs, config.num_heads, self.for_compiler)
         neighbors = Neighbors.build(layout, vector_E3, x_E, config.num_radial, config.lmax)
         places = StructurePlaces(centred, is_open[graph_index], layout.groups)
         with full_precision(positions):
