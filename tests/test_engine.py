@@ -183,7 +183,7 @@ def test_a_changed_export_is_noticed(alone: Path, tmp_path: Path):
     shutil.copytree(alone / "export", folder)
     check_export(folder)
     weights = load_file(folder / "model.safetensors")
-    weights["moiety.blocks.0.local_attention.sink"] += 1e-3
+    weights["moiety.blocks.0.local_attention.content.bias"] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="graph_features differ"):
         check_export(folder)

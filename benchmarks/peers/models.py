@@ -19,8 +19,8 @@ from torch import Tensor, nn
 TOLERANCE = 0.05  # of the number of parameters
 TYPICAL_DEGREE = 30.0  # neighbours; a constant that MACE divides by
 
-# Everything of Moiety but its width, as in pretrain/configs/tiny.yaml: few layers, but wide. edge_channels is a quarter
-# of hidden_size, rounded to a multiple of num_heads.
+# Everything of Moiety but its width, as in pretrain/configs/tiny.yaml: few layers, but wide. edge_channels is a half of
+# hidden_size, rounded to an even number.
 MOIETY_SHAPES: dict[str, dict[str, Any]] = {
     "moiety-l1": {"lmax": 1, "num_layers": 3, "num_heads": 4, "global_every": 0},
     "moiety-l2": {"lmax": 2, "num_layers": 3, "num_heads": 4, "global_every": 0},
@@ -269,9 +269,8 @@ class Moiety(PeerModel):
         from moiety.models.configuration_moiety import MoietyConfig
         from moiety.models.modeling_moiety import MoietyForPrediction
 
-        heads = shape["num_heads"]
         tasks = {"energy": {"kind": "energy"}, "vector": {"kind": "vector"}}
-        edge_channels = max(round(width / 4 / heads), 1) * heads
+        edge_channels = max(round(width / 4), 1) * 2
         model = MoietyForPrediction(
             MoietyConfig(hidden_size=width, edge_channels=edge_channels, cutoff=CUTOFF, tasks=tasks, **shape)
         )

@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+CHANNELS_PER_WEIGHT = 2  # that an attention weight of an edge moves together
+
 
 @strict
 class MoietyConfig(PreTrainedConfig):
@@ -15,9 +17,9 @@ class MoietyConfig(PreTrainedConfig):
     Attributes:
         hidden_size: channels C of every degree.
         num_layers: blocks.
-        num_heads: attention heads; divides edge_channels.
+        num_heads: heads of attention over the whole structure.
         lmax: highest degree of the steerable features, 1 or 2.
-        edge_channels: channels of everything that lives on edges (a half or a quarter of hidden_size).
+        edge_channels: channels of everything that lives on edges (a half of hidden_size), an even number.
         num_radial: radial basis functions.
         cutoff: Å between two atoms; twice that between residues.
         global_every: every how many blocks attention over the whole structure stands; 0 = never.
@@ -42,8 +44,13 @@ class MoietyConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.lmax not in (1, 2):
             raise ValueError(f"lmax is {self.lmax}; 1 and 2 are built")
-        if self.edge_channels % self.num_heads:
-            raise ValueError(f"edge_channels {self.edge_channels} is not a multiple of num_heads {self.num_heads}")
+        if self.edge_channels % CHANNELS_PER_WEIGHT:
+            raise ValueError(f"edge_channels {self.edge_channels} is not a multiple of {CHANNELS_PER_WEIGHT}")
+
+    @property
+    def num_weights(self) -> int:
+        """Attention weights of an edge."""
+        return self.edge_channels // CHANNELS_PER_WEIGHT
 
 
 MoietyConfig.register_for_auto_class()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_moiety import Pattern, available, sampled_product, sparse_product
+from .sparse_moiety import Pattern, available, sparse_product
 
 
 def spherical_harmonics(unit_E3: Tensor, lmax: int) -> Tensor:
@@ -84,7 +84,7 @@ class Layout:
     Attributes:
         source: [N,K] node at the other end of each edge; the node itself in empty places.
         place: [E] where each edge stands in a table [N*K].
-        pattern: of the attention weights of all heads; None where values are gathered.
+        pattern: of all attention weights of the edges; None where values are gathered.
         groups: all structures, those of like size together.
     """
 
@@ -95,7 +95,7 @@ class Layout:
 
     @classmethod
     def build(
-        cls, edge_index: Tensor, graph_index: Tensor, num_graphs: int, num_heads: int, for_compiler: bool = False
+        cls, edge_index: Tensor, graph_index: Tensor, num_graphs: int, num_weights: int, for_compiler: bool = False
     ) -> Layout:
         """From edges sorted by destination (row 1 of edge_index).
 
@@ -115,7 +115,7 @@ class Layout:
         return cls(
             source=source.view(num_nodes, most),
             place=place_E,
-            pattern=Pattern.build(source, most, num_heads) if sparse else None,
+            pattern=Pattern.build(source, most, num_weights) if sparse else None,
             groups=_groups(graph_index, num_graphs, one=for_compiler),
         )
 
@@ -178,20 +178,11 @@ class Neighbors:
         source = self.layout.source
         return x_ND.index_select(0, source.flatten()).view(*source.shape, -1)
 
-    def dot(self, q_HNd: Tensor, k_HNd: Tensor) -> Tensor:
-        """Inner products q_i . k_j of every node with its neighbours [H, N, K]."""
+    def transport(self, weight_HNK: Tensor, value_HNF: Tensor) -> Tensor:
+        """sum_j weight_ij value_j for each of the H weights of an edge: [H, N, F]."""
         source, pattern = self.layout.source, self.layout.pattern
         if pattern is not None:
-            product = sampled_product(q_HNd.flatten(0, 1), k_HNd.flatten(0, 1), pattern)
-            return product.view(len(q_HNd), *source.shape)
-        k_HNKd = k_HNd.index_select(1, source.flatten()).unflatten(1, source.shape)
-        return (q_HNd.unsqueeze(2) * k_HNKd).sum(-1)
-
-    def transport(self, alpha_HNK: Tensor, value_HNF: Tensor) -> Tensor:
-        """sum_j alpha_ij value_j in every head [H, N, F]."""
-        source, pattern = self.layout.source, self.layout.pattern
-        if pattern is not None:
-            moved = sparse_product(alpha_HNK.flatten(), value_HNF.flatten(0, 1), pattern)
+            moved = sparse_product(weight_HNK.flatten(), value_HNF.flatten(0, 1), pattern)
             return moved.view_as(value_HNF)
         value_HNKF = value_HNF.index_select(1, source.flatten()).unflatten(1, source.shape)
-        return (alpha_HNK.unsqueeze(-1) * value_HNKF).sum(2)
+        return (weight_HNK.unsqueeze(-1) * value_HNKF).sum(2)

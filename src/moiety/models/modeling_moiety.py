@@ -18,7 +18,6 @@ from transformers.utils import ModelOutput
 from .blocks_moiety import (
     Block,
     GlobalAttention,
-    LocalAttention,
     ScaledLinear,
     StructurePlaces,
     full_precision,
@@ -78,8 +77,6 @@ class MoietyPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
-        elif isinstance(module, LocalAttention):
-            init.zeros_(module.sink)
         elif isinstance(module, GlobalAttention):
             init.zeros_(module.reach)
 
@@ -192,7 +189,7 @@ class MoietyModel(MoietyPreTrainedModel):
         scale = node_scale(node_type).to(positions.dtype)
         x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
         if layout is None:
-            layout = Layout.build(edge_index, graph_index, num_graphs, config.num_heads, self.for_compiler)
+            layout = Layout.build(edge_index, graph_index, num_graphs, config.num_weights, self.for_compiler)
         neighbors = Neighbors.build(layout, vector_E3, x_E, config.num_radial, config.lmax)
         places = StructurePlaces(centred, is_open[graph_index], layout.groups)
         with full_precision(positions):

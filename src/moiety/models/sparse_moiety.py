@@ -3,7 +3,7 @@
 y_i = sum_j a_ij x_j, and s_ij = x_i . y_j on the pattern alone: the derivatives of each are the other and itself on the
 transposed pattern. Neither builds a tensor of edges times features, as gathering would.
 """
-# Shapes: R rows of the pattern (all heads of all nodes), P places in it, F features.
+# Shapes: R rows of the pattern (all copies of all nodes), P places in it, p in one copy, F features.
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Pattern:
 
     row_start: Tensor  # [R+1] int32
     column: Tensor  # [P] int32
-    order: Tensor  # [P] place of this matrix for each place of the transposed one
+    order: Tensor  # [p] place of this matrix for each place of the transposed one
     t_row_start: Tensor
     t_column: Tensor
     t_order: Tensor
@@ -40,13 +40,12 @@ class Pattern:
         copy = torch.arange(num_copies, device=device)[:, None]
         order = torch.argsort(column, stable=True)
         count = torch.bincount(column, minlength=n).repeat(num_copies)
-        order_of_all = (order + copy * len(column)).flatten()
-        inverse = torch.empty_like(order_of_all)
-        inverse[order_of_all] = torch.arange(len(inverse), device=device)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=device)
         pattern = cls(
             row_start=torch.arange(0, n * width * num_copies + 1, width, device=device, dtype=torch.int32),
             column=(column + copy * n).flatten().int(),
-            order=order_of_all,
+            order=order,
             t_row_start=torch.cat([count.new_zeros(1), count.cumsum(0)]).int(),
             t_column=(order // width + copy * n).flatten().int(),
             t_order=inverse,
@@ -59,6 +58,10 @@ class Pattern:
     @property
     def transposed(self) -> Pattern:
         return Pattern(self.t_row_start, self.t_column, self.t_order, self.row_start, self.column, self.order)
+
+    def transpose(self, value_P: Tensor) -> Tensor:
+        """Values on this pattern in the order of the transposed one."""
+        return value_P.unflatten(0, (-1, len(self.order))).index_select(1, self.order).flatten()
 
     def matrix(self, value_P: Tensor) -> Tensor:
         size = (len(self.row_start) - 1,) * 2
@@ -81,7 +84,7 @@ class SparseProduct(Function):
         pattern = ctx.pattern
         return (
             SampledProduct.apply(grad, x, pattern) if ctx.needs_input_grad[0] else None,  # type: ignore[return-value]
-            SparseProduct.apply(a[pattern.order], grad, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
+            SparseProduct.apply(pattern.transpose(a), grad, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
             None,
         )
 
@@ -104,12 +107,12 @@ class SampledProduct(Function):
         pattern = ctx.pattern
         return (
             SparseProduct.apply(grad, y, pattern) if ctx.needs_input_grad[0] else None,  # type: ignore[return-value]
-            SparseProduct.apply(grad[pattern.order], x, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
+            SparseProduct.apply(pattern.transpose(grad), x, pattern.transposed) if ctx.needs_input_grad[1] else None,  # type: ignore[return-value]
             None,
         )
 
 
-# Compilers break their graph at these and leave them as they are.
-Product = Callable[[Tensor, Tensor, Pattern], Tensor]
-sparse_product: Product = torch.compiler.disable(lambda a, x, pattern: SparseProduct.apply(a, x, pattern))  # type: ignore[assignment]
-sampled_product: Product = torch.compiler.disable(lambda x, y, pattern: SampledProduct.apply(x, y, pattern))  # type: ignore[assignment]
+# Compilers break their graph at it and leave it as it is.
+sparse_product: Callable[[Tensor, Tensor, Pattern], Tensor] = torch.compiler.disable(
+    lambda a, x, pattern: SparseProduct.apply(a, x, pattern)  # type: ignore[assignment]
+)

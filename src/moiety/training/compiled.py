@@ -74,7 +74,7 @@ class WrittenOut:
             given["edge_index"],
             given["graph_index"],
             len(given["cell"]),
-            self.model.config.num_heads,
+            self.model.config.num_weights,
             for_compiler=True,
         )
         tensors = given | {"source": layout.source, "place": layout.place} | vars(layout.groups[0])
