@@ -69,7 +69,7 @@ def merged_norm(x_MNC: Tensor, lmax: int) -> Tensor:
     return x_MNC * torch.rsqrt(variance_N + 1e-6)[:, None]
 
 
-def rms_normalize(x: Tensor, scale: float = 1.0) -> Tensor:
+def rms_normalize(x: Tensor, scale: float) -> Tensor:
     return x * (scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
