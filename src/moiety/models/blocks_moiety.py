@@ -90,9 +90,9 @@ class LocalAttention(nn.Module):
         channels, width = config.hidden_size, config.edge_channels
         on_edges = width + config.num_weights
         self.content = nn.Linear(channels, width)  # g
-        self.steerable = DegreeLinear(channels, [width, on_edges], config.lmax)  # V, P
+        self.steerable = DegreeLinear(channels, [width, on_edges], config.lmax, gain=0.5)  # V, P
         self.filter = ScaledLinear(config.num_radial, on_edges, bias=False, gain=0.5)
-        self.out = DegreeLinear(2 * width, [channels], config.lmax, gain=0.5)
+        self.out = DegreeLinear(2 * width, [channels], config.lmax, gain=0.25)
 
     def forward(self, x_MNC: Tensor, neighbors: Neighbors) -> Tensor:
         slabs = by_degree(x_MNC, self.lmax)
@@ -136,7 +136,7 @@ class GlobalAttention(nn.Module):
         width = heads * math.ceil(config.edge_channels / (2 * heads))
         self.project = DegreeLinear(channels, [3 * width], config.lmax)
         self.reach = nn.Parameter(torch.zeros(self.num_heads))
-        self.out = DegreeLinear(width, [channels], config.lmax, gain=0.5)
+        self.out = DegreeLinear(width, [channels], config.lmax, gain=0.25)
 
     def forward(self, x_MNC: Tensor, places: StructurePlaces) -> Tensor:
         (qkv_MNF,) = self.project(by_degree(x_MNC, self.lmax))
@@ -218,7 +218,7 @@ class TensorFeedForward(nn.Module):
         self.gate = nn.Linear(channels, 2 * inner * config.lmax)
         widths = [channels, *[2 * inner] * config.lmax]
         self.out = nn.ModuleList(
-            ScaledLinear(width, channels, bias=degree == 0, gain=0.5) for degree, width in enumerate(widths)
+            ScaledLinear(width, channels, bias=degree == 0, gain=0.1) for degree, width in enumerate(widths)
         )
 
     def forward(self, x_MNC: Tensor, condition_BC: Tensor, graph_index: Tensor) -> Tensor:
