@@ -112,7 +112,7 @@ def test_missing_corpora_are_named_with_the_remedy(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(("task", "key"), [("u0", "label"), ("gap", "label"), ("forces", "forces")])
-def test_eight_molecules_are_learned_and_the_run_is_written_down(
+def test_the_loss_of_eight_molecules_falls_and_the_run_is_written_down(
     script: Any, arrays: Path, tmp_path: Path, task: str, key: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(script, "shuffled", lambda *_: itertools.repeat(torch.arange(8)))
