@@ -308,8 +308,8 @@ class TaskHead(nn.Module):
         of_elements = [(references or {}).get(symbol, 0.0) for symbol in ELEMENTS]
         self.references = [0.0, *of_elements, *[0.0] * (config.vocab_size - 1 - len(of_elements))]  # by node type
         if kind != "vector":
-            # predictions start near the mean; and large random charges, multiplied by Å, would leave the norm of a dipole
-            # in a poor minimum for some seeds
+            # predictions start near the mean; and large random charges, multiplied by Å, would leave the norm of a
+            # dipole in a poor minimum for some seeds
             self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), ScaledLinear(inner, 1, gain=0.1))
         if kind in ("vector", "dipole_norm"):
             self.vector = VectorHead(config)
