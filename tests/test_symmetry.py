@@ -15,7 +15,7 @@ from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
-from moiety.models.geometry_moiety import symmetric_basis
+from moiety.models.geometry_moiety import softmax_per_graph, symmetric_basis
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.models.vocabulary_moiety import ROLE_ID
 
@@ -235,3 +235,18 @@ def test_a_broken_symmetry_would_be_noticed(models: list[nn.Module], monkeypatch
     )
     with pytest.raises(AssertionError):
         test_outputs_turn_with_the_structure(models, "molecule", reflect=False)
+
+
+def test_an_intensive_scalar_counts_what_comes_twice_once(models: list[nn.Module]):
+    atoms = structure("molecule")
+    apart = atoms.positions + np.array([100.0, 0.0, 0.0])
+    twice = Structure(node_type=np.tile(atoms.node_type, 2), positions=np.concatenate([atoms.positions, apart]))
+    one, two = (outputs(models, [s])["mean"] for s in (atoms, twice))
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=0)
+
+
+def test_softmax_per_graph_is_the_softmax_of_each_structure():
+    logits, sizes = 300 * torch.randn(9, 2, dtype=torch.float64), [4, 1, 4]
+    expected = torch.cat([part.softmax(0) for part in logits.split(sizes)])
+    of_node = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    torch.testing.assert_close(softmax_per_graph(logits, of_node, 3), expected)

@@ -47,7 +47,8 @@ class Task:
     Attributes:
         corpus: file of arrays.
         label: energy or gap, eV.
-        intensive: whether a sum over nodes may be divided by their number; which of both is better, the pilot tells.
+        intensive: whether a readout that does not grow with the molecule is tried beside the sum; the pilot tells which
+            is better.
         forces: whether forces (eV/Å), the derivatives of the energy, are learned too.
         batch: molecules; of forces as TorchMD-NET publishes it for MD17.
     """
@@ -107,7 +108,7 @@ def _ranges(first: Tensor, count: Tensor) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """A model in the units of a task: the label is shift + scale * (what the nodes sum up to, or their mean).
+    """A model in the units of a task: the label is shift + scale * (the sum over the nodes, or the mean).
 
     The scale is MACE's where there are forces, their root mean square times 1 Å; else it is the standard deviation of
     the labels, divided by the square root of the mean number of nodes where these are summed.
@@ -134,9 +135,7 @@ class Predictor(nn.Module):
         return label, -slope
 
     def _label(self, batch: Batch, positions: Tensor) -> Tensor:
-        value_B = self.model.energy(batch, positions, batch.edge_shift)
-        if self.mean:
-            value_B = value_B / batch.num_nodes_B
+        value_B = self.model.intensive(batch) if self.mean else self.model.energy(batch, positions, batch.edge_shift)
         return self.shift + self.scale * value_B
 
     def loss(self, batch: Batch, label: Tensor, forces: Tensor | None) -> Tensor:

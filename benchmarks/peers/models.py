@@ -38,6 +38,10 @@ class PeerModel(nn.Module):
         """Energy [B] of the batch's structures at `positions` [N,3] Å; can be differentiated twice."""
         raise NotImplementedError
 
+    def intensive(self, batch: Batch) -> Tensor:
+        """A property [B] that does not grow with the structure; a mean over atoms, where a model has no head for it."""
+        return self.energy(batch, batch.positions, batch.edge_shift) / batch.num_nodes_B
+
     def vector(self, batch: Batch) -> Tensor:
         """One equivariant vector per atom [N,3], without a derivative."""
         raise NotImplementedError
@@ -269,15 +273,19 @@ class Moiety(PeerModel):
         from moiety.models.configuration_moiety import MoietyConfig
         from moiety.models.modeling_moiety import MoietyForPrediction
 
-        tasks = {"energy": {"kind": "energy"}, "vector": {"kind": "vector"}}
+        tasks = {"energy": {"kind": "energy"}, "vector": {"kind": "vector"}, "mean": {"kind": "mean"}}
         edge_channels = max(round(width / 4), 1) * 2
         model = MoietyForPrediction(
             MoietyConfig(hidden_size=width, edge_channels=edge_channels, cutoff=CUTOFF, tasks=tasks, **shape)
         )
         self.trunk, self.scalar, self.direct = model.moiety, model.heads["energy"], model.heads["vector"]
+        self.pooled = model.heads["mean"]
 
     def energy(self, batch: Batch, positions: Tensor, edge_shift: Tensor) -> Tensor:
         return self._read(self.scalar, batch, positions, edge_shift)
+
+    def intensive(self, batch: Batch) -> Tensor:
+        return self._read(self.pooled, batch, batch.positions, batch.edge_shift)
 
     def vector(self, batch: Batch) -> Tensor:
         return self._read(self.direct, batch, batch.positions, batch.edge_shift)
@@ -345,5 +353,6 @@ def nearest_width(count: Callable[[int], int], wanted: int, step: int) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable ones, those of the vector head left out: its size is nobody's choice."""
-    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith("direct."))
+    """Trainable ones of trunk and energy head; those of other heads are left out: their size is nobody's choice."""
+    others = ("direct.", "pooled.")
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith(others))

@@ -57,6 +57,15 @@ def mean_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
     return sum_per_graph(x_N, graph_index, num_graphs) / count_B.view(-1, *[1] * (x_N.dim() - 1))
 
 
+def softmax_per_graph(logit_NH: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+    """Weights of the nodes of each structure, which add up to 1 in every column: [N,H]."""
+    of_node = graph_index[:, None].expand_as(logit_NH)
+    top_BH = logit_NH.new_full((num_graphs, logit_NH.shape[1]), -math.inf)
+    top_BH = top_BH.scatter_reduce(0, of_node, logit_NH.detach(), "amax")
+    weight_NH = (logit_NH - top_BH[graph_index]).exp()
+    return weight_NH / sum_per_graph(weight_NH, graph_index, num_graphs)[graph_index]
+
+
 def sum_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
     """Sum of x [N, ...] over the nodes of each structure: [B, ...]."""
     return x_N.new_zeros(num_graphs, *x_N.shape[1:]).index_add(0, graph_index, x_N)

@@ -24,7 +24,7 @@ from .blocks_moiety import (
     merged_norm,
 )
 from .configuration_moiety import MoietyConfig
-from .geometry_moiety import Layout, Neighbors, mean_per_graph, sum_per_graph, symmetric_basis
+from .geometry_moiety import Layout, Neighbors, mean_per_graph, softmax_per_graph, sum_per_graph, symmetric_basis
 from .vocabulary_moiety import DOMAINS, ELEMENTS, ROLES, node_scale
 
 NOISE_UNIT = 0.05  # Å: where the logarithm of the noise level is zero
@@ -273,10 +273,33 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         )
 
 
+class PoolingHead(nn.Module):
+    """Invariant scalar per structure, of weighted means over its nodes: [N,M,C] -> [B].
+
+    Every head of the attention weighs the nodes on its own (Lee et al. 2019, arXiv 1810.00825, without its queries): a
+    gap is decided by a few atoms. What comes twice counts as once, so the scalar is intensive.
+    """
+
+    def __init__(self, config: MoietyConfig):
+        super().__init__()
+        channels, inner = config.hidden_size, config.hidden_size // 2
+        width = config.num_heads * math.ceil(channels / config.num_heads)
+        self.weigh = nn.Linear(channels, config.num_heads)
+        self.value = nn.Sequential(nn.Linear(channels, width), nn.SiLU())
+        self.scalar = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), ScaledLinear(inner, 1, gain=0.1))
+
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+        scalars = features_NMC[:, 0]
+        weight_NH = softmax_per_graph(self.weigh(scalars), graph_index, num_graphs)
+        value_NHF = self.value(scalars).unflatten(-1, (weight_NH.shape[1], -1))
+        pooled_BHF = sum_per_graph(weight_NH.unsqueeze(-1) * value_NHF, graph_index, num_graphs)
+        return self.scalar(pooled_BHF.flatten(1)).squeeze(-1)
+
+
 class TaskHead(nn.Module):
     """One predicted property, `kind` says how it is read off the nodes:
 
-    - mean: invariant scalar per structure, mean over nodes [B]
+    - mean: invariant scalar per structure, of weighted means over nodes (intensive) [B]
     - sum: invariant scalar per structure, sum over nodes (extensive) [B]
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
     - node: invariant scalar per node [N]
@@ -307,7 +330,9 @@ class TaskHead(nn.Module):
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
         of_elements = [(references or {}).get(symbol, 0.0) for symbol in ELEMENTS]
         self.references = [0.0, *of_elements, *[0.0] * (config.vocab_size - 1 - len(of_elements))]  # by node type
-        if kind != "vector":
+        if kind == "mean":
+            self.pooled = PoolingHead(config)
+        elif kind != "vector":
             # predictions start near the mean; and large random charges, multiplied by Å, would leave the norm of a
             # dipole in a poor minimum for some seeds
             self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), ScaledLinear(inner, 1, gain=0.1))
@@ -319,13 +344,13 @@ class TaskHead(nn.Module):
     ) -> Tensor:
         if self.kind == "vector":
             return self.std * self.vector(features)
+        if self.kind == "mean":
+            return self.mean + self.std * self.pooled(features, graph_index, num_graphs)
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
         if self.kind == "energy":
             reference_N = positions.new_tensor(self.references)[node_type]
             return sum_per_graph(self.mean + self.std * scalar_N + reference_N, graph_index, num_graphs)
-        if self.kind == "mean":
-            value = mean_per_graph(scalar_N, graph_index, num_graphs)
-        elif self.kind == "sum":
+        if self.kind == "sum":
             value = sum_per_graph(scalar_N, graph_index, num_graphs)
         elif self.kind == "node":
             value = scalar_N
