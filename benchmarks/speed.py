@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,15 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
             label: {task: steps(crew, Request(case, task), quick) for task in TASKS} for label, case in BARS.items()
         }
         if not quick:
-            for kind in ("dense", "sparse"):
-                told(f"energy of {kind} boxes")
-                # the small ones warm the large ones up
-                sizes = {n: Request(f"{kind} {n}", "energy", warm=int(n < 2000)) for n in ATOMS}
-                results[kind] = growing(crew, sizes, SCALING_ROUNDS, MOST_SECONDS)
-            told("batches of molecules")
-            sizes = {n: Request(f"molecules {n}", "direct", warm=1) for n in BATCHES}
-            results["molecules"] = growing(crew, sizes, SCALING_ROUNDS, MOST_SECONDS)
             told("global attention")
             results["global"] = cost_of_global(crew)
     if not quick:
+        for kind in ("dense", "sparse"):
+            # the small ones warm the large ones up
+            sizes = {n: Request(f"{kind} {n}", "energy", warm=int(n < 2000)) for n in ATOMS}
+            results[kind] = one_by_one(crew, f"energy of {kind} boxes", sizes)
+        sizes = {n: Request(f"molecules {n}", "direct", warm=1) for n in BATCHES}
+        results["molecules"] = one_by_one(crew, "batches of molecules", sizes)
         told("memory")
         results["memory"] = memory([name for name in names if name not in crew.broken])
     return results | {"machine": machine(crew.introductions) | {"load": [*load, os.getloadavg()[0]]}}
@@ -106,6 +105,17 @@ def steps(crew: Crew, request: Request, quick: bool) -> dict[str, Any]:
 
 def known(crew: Crew) -> dict[str, Any]:
     return {name: {"parameters": words["parameters"]} for name, words in crew.introductions.items() if name in crew}
+
+
+def one_by_one(names: Iterable[str], what: str, cases: Mapping[int, Request]) -> dict[int, dict[str, Any]]:
+    """Growing sizes, all of a model's in a process of its own: memory would not hold the large steps of all models."""
+    found: dict[int, dict[str, Any]] = {size: {} for size in cases}
+    for name in names:
+        told(f"{what}, {name}")
+        with Crew([name], NUM_PARAMETERS) as crew:
+            for size, costs in growing(crew, cases, SCALING_ROUNDS, MOST_SECONDS).items():
+                found[size].update(costs)
+    return found
 
 
 def cost_of_global(crew: Crew) -> dict[int, dict[str, Any]]:

@@ -157,6 +157,29 @@ def test_a_model_stops_growing_where_it_fails_or_takes_too_long():
     assert [len(crew[name].asked) for name in crew] == [4, 2, 2]
 
 
+def test_models_grow_one_after_the_other(monkeypatch):
+    script, crews = speed(), []
+
+    class Alone(dict):
+        def __init__(self, names, _):
+            crews.append(names)
+            super().__init__({name: Canned(1.0) for name in names})
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            crews.append("ended")
+
+    monkeypatch.setattr(script, "Crew", Alone)
+    request = peers("worker").Request("silicon", "energy")
+    found = script.one_by_one(["a", "b"], "boxes", {10: request, 20: request})
+    assert crews == [["a"], "ended", ["b"], "ended"]
+    assert {n: {name: cost["seconds"] for name, cost in costs.items()} for n, costs in found.items()} == {
+        10: {"a": 1.0, "b": 1.0}, 20: {"a": 1.0, "b": 1.0}
+    }  # fmt: skip
+
+
 def test_the_table_of_ratios_is_right():
     tables = peers("tables")
     costs = {"torchmd-et": {"seconds": 2.0}, "moiety-l1": {"seconds": 0.9}, "mace": {"error": "no vectors"}}
@@ -231,6 +254,15 @@ def test_a_process_that_dies_is_told(monkeypatch):
     monkeypatch.setattr(crew, "PEERS_PYTHON", Path("/bin/false"))
     with crew.Crew(["torchmd-et"], 400_000) as found:
         assert not found and "exit code 1" in found.broken["torchmd-et"]
+
+
+def test_a_process_that_is_killed_between_steps_is_told():
+    crew = peers("crew")
+    with crew.Crew(["moiety-l1"], 400_000) as found:
+        found["moiety-l1"].process.kill()
+        found["moiety-l1"].process.wait()
+        answer = found["moiety-l1"].ask(peers("worker").Request("molecules 2", "energy"))
+        assert "exit code -9" in answer["error"]
 
 
 def test_an_unknown_model_is_refused(capsys):

@@ -72,7 +72,8 @@ class Worker:
 
     def close(self) -> None:
         if self.process and self.process.stdin:
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # it ended before, and its last answer said so
+                self.process.stdin.close()
             self.process.wait()
 
     def _answer(self) -> dict[str, Any]:
