@@ -94,7 +94,7 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
         sizes = {n: Request(f"molecules {n}", "direct", warm=1) for n in BATCHES}
         results["molecules"] = one_by_one(crew, "batches of molecules", sizes)
         told("memory")
-        results["memory"] = memory([name for name in names if name not in crew.broken])
+        results["memory"] = memory(crew)
     return results | {"machine": machine(crew.introductions) | {"load": [*load, os.getloadavg()[0]]}}
 
 
@@ -139,7 +139,7 @@ def cost_of_global(crew: Crew) -> dict[int, dict[str, Any]]:
     return found
 
 
-def memory(names: list[str]) -> dict[str, dict[str, Any]]:
+def memory(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Of the first large step of a fresh process: memory that a process once had is not given back."""
     found: dict[str, dict[str, Any]] = {}
     for task in ("energy", "direct"):

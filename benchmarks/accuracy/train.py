@@ -108,7 +108,7 @@ def _ranges(first: Tensor, count: Tensor) -> Tensor:
 
 
 class Predictor(nn.Module):
-    """A model in the units of a task: the label is shift + scale * (the sum over the nodes, or the mean).
+    """A model in the units of a task: the label is shift + scale * (its sum over nodes, or its intensive readout).
 
     The scale is MACE's where there are forces, their root mean square times 1 Å; else it is the standard deviation of
     the labels, divided by the square root of the mean number of nodes where these are summed.

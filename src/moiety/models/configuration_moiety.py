@@ -17,7 +17,7 @@ class MoietyConfig(PreTrainedConfig):
     Attributes:
         hidden_size: channels C of every degree.
         num_layers: blocks.
-        num_heads: heads of attention over the whole structure.
+        num_heads: heads of attention over the whole structure, and of the pooling in heads of kind "mean".
         lmax: highest degree of the steerable features, 1 or 2.
         edge_channels: channels of everything that lives on edges (a half of hidden_size), an even number.
         num_radial: radial basis functions.
