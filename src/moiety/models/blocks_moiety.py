@@ -79,9 +79,9 @@ def rms_normalize(x: Tensor, scale: float) -> Tensor:
 class LocalAttention(nn.Module):
     """Attention over neighbours whose queries are the centre's steerable features and whose keys are the edge alone.
 
-    A_i = sum_j u_ij Y_ij (x) phi_ij g_j builds new directions from filters, T_i = sum_j u_ij a_ij V_j moves the
-    steerable features of the neighbours. Filters phi and weights a are linear in the radial functions and in
-    P_ij = Y_ij . X_i, the angle between the edge and what the centre already knows.
+    A_i = sum_j Y_ij (x) phi_ij g_j builds new directions from filters, T_i = sum_j a_ij V_j moves the steerable
+    features of the neighbours. Filters phi and weights a are linear in the radial functions and in P_ij = Y_ij . X_i,
+    the angle between the edge and what the centre already knows, and fade with the envelope.
 
     The weights have a sign and no softmax: forces of molecules are learned to an error a tenth smaller so, with many
     weights of few channels, and a further inner product of centre and neighbour changes nothing (docs/accuracy.md).
@@ -107,19 +107,17 @@ class LocalAttention(nn.Module):
 
     def _aggregate(self, content_ND: Tensor, value_MND: Tensor, angle_MNF: Tensor, neighbors: Neighbors) -> Tensor:
         """[M, N, 2D]: what is built, and what is moved."""
-        edge_NKF = torch.baddbmm(
-            self.filter(neighbors.radial),
-            neighbors.harmonics,
-            angle_MNF.transpose(0, 1),
-            alpha=1 / (self.lmax + 1),
+        # on the edges of many neighbours memory is what costs: the envelope is in the tables, and the sum in place
+        edge_NKF = self.filter(neighbors.fading_radial).baddbmm_(
+            neighbors.fading_harmonics, angle_MNF.transpose(0, 1), alpha=1 / (self.lmax + 1)
         )
         filter_NKD, weight_NKH = edge_NKF.split([self.width, edge_NKF.shape[-1] - self.width], dim=-1)
-        weight_HNK = weight_NKH.permute(2, 0, 1) * neighbors.envelope
+        weight_HNK = weight_NKH.permute(2, 0, 1)
         value_HNF = value_MND.unflatten(-1, (len(weight_HNK), -1)).permute(2, 1, 0, 3).flatten(2)
         moved_HNF = neighbors.transport(weight_HNK, value_HNF)
         moved_MND = moved_HNF.unflatten(-1, (len(value_MND), -1)).permute(2, 1, 0, 3).flatten(2)
         message_NKD = filter_NKD * neighbors.gather(content_ND)
-        built_NMD = torch.bmm(neighbors.fading_harmonics, message_NKD)
+        built_NMD = torch.bmm(neighbors.harmonics, message_NKD)
         return torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1) / math.sqrt(TYPICAL_DEGREE)
 
 

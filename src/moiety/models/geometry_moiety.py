@@ -147,16 +147,15 @@ def _groups(graph_index: Tensor, num_graphs: int, one: bool) -> list[Group]:
 
 @dataclass
 class Neighbors:
-    """What the blocks need of the edges, as dense [N, K, ...] tables; empty places have envelope 0.
+    """What the blocks need of the edges, as dense [N, K, ...] tables; empty places are zero.
 
     A node's neighbours are then rows of a small matrix, and both aggregations of a block are matrix products.
     """
 
     layout: Layout
-    radial: Tensor  # [N, K, R]
-    harmonics: Tensor  # [N, K, M]
-    envelope: Tensor  # [N, K]
-    fading_harmonics: Tensor  # [N, M, K] harmonics times envelope
+    fading_radial: Tensor  # [N, K, R] radial functions times envelope
+    fading_harmonics: Tensor  # [N, K, M] harmonics times envelope
+    harmonics: Tensor  # [N, M, K]
 
     @classmethod
     def build(cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int) -> Neighbors:
@@ -166,21 +165,13 @@ class Neighbors:
             vector_E3: from destination to source, Å.
             x_E: length of each edge as a share of its cutoff.
         """
-        unit_E3 = vector_E3 / vector_E3.norm(dim=-1, keepdim=True)
-        features_E = torch.cat(
-            [radial_basis(x_E, num_radial), spherical_harmonics(unit_E3, lmax), envelope(x_E)[:, None]], dim=-1
-        )
+        harmonics_EM = spherical_harmonics(vector_E3 / vector_E3.norm(dim=-1, keepdim=True), lmax)
+        fading_E = torch.cat([radial_basis(x_E, num_radial), harmonics_EM], dim=-1) * envelope(x_E)[:, None]
+        features_E = torch.cat([fading_E, harmonics_EM], dim=-1)
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
-        radial, harmonics, u = table.split([num_radial, (lmax + 1) ** 2, 1], dim=-1)
-        u, harmonics = u.squeeze(-1).contiguous(), harmonics.contiguous()
-        return cls(
-            layout=layout,
-            radial=radial.contiguous(),
-            harmonics=harmonics,
-            envelope=u,
-            fading_harmonics=(harmonics * u.unsqueeze(-1)).transpose(1, 2).contiguous(),
-        )
+        radial, fading, harmonics = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
+        return cls(layout, radial.contiguous(), fading.contiguous(), harmonics.transpose(1, 2).contiguous())
 
     def gather(self, x_ND: Tensor) -> Tensor:
         """[N, K, D] features of the neighbours."""
