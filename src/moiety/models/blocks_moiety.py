@@ -22,6 +22,7 @@ from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Group, Neighbors, symmetric_basis
 
 TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
+EDGES_AT_ONCE = 8192  # on a CPU: what is computed on so many stays in its caches
 LONGEST_REACH = 12.0  # Å: global attention between two atoms falls at least as exp(-r^2 / (2 * 12^2))
 
 
@@ -34,6 +35,10 @@ class ScaledLinear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gain: float = 1.0):
         super().__init__(in_features, out_features, bias)
         self.gain = gain
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def full_precision(like: Tensor) -> torch.autocast:
@@ -107,18 +112,27 @@ class LocalAttention(nn.Module):
 
     def _aggregate(self, content_ND: Tensor, value_MND: Tensor, angle_MNF: Tensor, neighbors: Neighbors) -> Tensor:
         """[M, N, 2D]: what is built, and what is moved."""
-        # on the edges of many neighbours memory is what costs: the envelope is in the tables, and the sum in place
-        edge_NKF = self.filter(neighbors.fading_radial).baddbmm_(
-            neighbors.fading_harmonics, angle_MNF.transpose(0, 1), alpha=1 / (self.lmax + 1)
-        )
-        filter_NKD, weight_NKH = edge_NKF.split([self.width, edge_NKF.shape[-1] - self.width], dim=-1)
-        weight_HNK = weight_NKH.permute(2, 0, 1)
+        layout = neighbors.layout
+        tables = (neighbors.radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
+        if layout.pattern is None:
+            built_NMD, weight_HNK = self._on_edges(content_ND, *tables)
+        else:
+            rows = max(EDGES_AT_ONCE // layout.source.shape[1], 1)
+            parts = [self._on_edges(content_ND, *part) for part in zip(*(t.split(rows) for t in tables), strict=True)]
+            built_NMD, weight_HNK = (joined(part, dim) for dim, part in enumerate(zip(*parts, strict=True)))
         value_HNF = value_MND.unflatten(-1, (len(weight_HNK), -1)).permute(2, 1, 0, 3).flatten(2)
         moved_HNF = neighbors.transport(weight_HNK, value_HNF)
         moved_MND = moved_HNF.unflatten(-1, (len(value_MND), -1)).permute(2, 1, 0, 3).flatten(2)
-        message_NKD = filter_NKD * neighbors.gather(content_ND)
-        built_NMD = torch.bmm(neighbors.harmonics, message_NKD)
         return torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1) / math.sqrt(TYPICAL_DEGREE)
+
+    def _on_edges(
+        self, content_ND: Tensor, radial: Tensor, harmonics: Tensor, directions: Tensor, source: Tensor, angle: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is built [n,M,D], and the weights of the edges [H,n,K], of n rows of the tables."""
+        edge_nKF = self.filter(radial).baddbmm_(harmonics, angle, alpha=1 / (self.lmax + 1))
+        filter_nKD, weight_nKH = edge_nKF.split([self.width, edge_nKF.shape[-1] - self.width], dim=-1)
+        content_nKD = content_ND.index_select(0, source.flatten()).view_as(filter_nKD)
+        return torch.bmm(directions, filter_nKD * content_nKD), weight_nKH.permute(2, 0, 1).contiguous()
 
 
 class GlobalAttention(nn.Module):

@@ -153,9 +153,9 @@ class Neighbors:
     """
 
     layout: Layout
-    fading_radial: Tensor  # [N, K, R] radial functions times envelope
-    fading_harmonics: Tensor  # [N, K, M] harmonics times envelope
-    harmonics: Tensor  # [N, M, K]
+    radial: Tensor  # [N, K, R] radial functions times envelope
+    harmonics: Tensor  # [N, K, M] times envelope
+    directions: Tensor  # [N, M, K] harmonics alone
 
     @classmethod
     def build(cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int) -> Neighbors:
@@ -170,13 +170,8 @@ class Neighbors:
         features_E = torch.cat([fading_E, harmonics_EM], dim=-1)
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
-        radial, fading, harmonics = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
-        return cls(layout, radial.contiguous(), fading.contiguous(), harmonics.transpose(1, 2).contiguous())
-
-    def gather(self, x_ND: Tensor) -> Tensor:
-        """[N, K, D] features of the neighbours."""
-        source = self.layout.source
-        return x_ND.index_select(0, source.flatten()).view(*source.shape, -1)
+        radial, harmonics, directions = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
+        return cls(layout, radial.contiguous(), harmonics.contiguous(), directions.transpose(1, 2).contiguous())
 
     def transport(self, weight_HNK: Tensor, value_HNF: Tensor) -> Tensor:
         """sum_j weight_ij value_j for each of the H weights of an edge: [H, N, F]."""
