@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .configuration_moiety import MoietyConfig
 from .geometry_moiety import Group, Neighbors, symmetric_basis
 
-TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
 EDGES_AT_ONCE = 8192  # on a CPU: what is computed on so many stays in its caches
 LONGEST_REACH = 12.0  # Å: global attention between two atoms falls at least as exp(-r^2 / (2 * 12^2))
 
@@ -123,7 +122,7 @@ class LocalAttention(nn.Module):
         value_HNF = value_MND.unflatten(-1, (len(weight_HNK), -1)).permute(2, 1, 0, 3).flatten(2)
         moved_HNF = neighbors.transport(weight_HNK, value_HNF)
         moved_MND = moved_HNF.unflatten(-1, (len(value_MND), -1)).permute(2, 1, 0, 3).flatten(2)
-        return torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1) / math.sqrt(TYPICAL_DEGREE)
+        return torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1)
 
     def _on_edges(
         self, content_ND: Tensor, radial: Tensor, harmonics: Tensor, directions: Tensor, source: Tensor, angle: Tensor

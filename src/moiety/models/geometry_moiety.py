@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .sparse_moiety import Pattern, available, sparse_product
 
+TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
+
 
 def spherical_harmonics(unit_E3: Tensor, lmax: int) -> Tensor:
     """Real spherical harmonics [E,M], component-normalised: the squares of each degree sum to 2l + 1.
@@ -153,8 +155,8 @@ class Neighbors:
     """
 
     layout: Layout
-    radial: Tensor  # [N, K, R] radial functions times envelope
-    harmonics: Tensor  # [N, K, M] times envelope
+    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(16)
+    harmonics: Tensor  # [N, K, M] times the same
     directions: Tensor  # [N, M, K] harmonics alone
 
     @classmethod
@@ -166,8 +168,8 @@ class Neighbors:
             x_E: length of each edge as a share of its cutoff.
         """
         harmonics_EM = spherical_harmonics(vector_E3 / vector_E3.norm(dim=-1, keepdim=True), lmax)
-        fading_E = torch.cat([radial_basis(x_E, num_radial), harmonics_EM], dim=-1) * envelope(x_E)[:, None]
-        features_E = torch.cat([fading_E, harmonics_EM], dim=-1)
+        fade_E1 = envelope(x_E)[:, None] / math.sqrt(TYPICAL_DEGREE)
+        features_E = torch.cat([radial_basis(x_E, num_radial) * fade_E1, harmonics_EM * fade_E1, harmonics_EM], dim=-1)
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
         radial, harmonics, directions = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
