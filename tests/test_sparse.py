@@ -8,6 +8,7 @@ from ase.build import molecule
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from moiety.models import blocks_moiety
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyModel
@@ -61,6 +62,23 @@ def test_derivatives_are_exact(pattern: Pattern, check: Callable[..., bool]) -> 
     )
     assert check(lambda a, x: SparseProduct.apply(a, x, pattern), (a, x))
     assert check(lambda x, y: SampledProduct.apply(x, y, pattern), (x, y))
+
+
+@pytest.mark.parametrize("edges_at_once", [1, 40, 10**6])  # a row at a time, a few, all
+def test_edges_a_few_at_a_time_say_what_all_together_say(monkeypatch: pytest.MonkeyPatch, edges_at_once: int) -> None:
+    torch.manual_seed(0)
+    model = MoietyModel(MoietyConfig(hidden_size=16, num_layers=2, num_heads=2, edge_channels=8)).double()
+    inputs = MoietyProcessor(MoietyFeatureExtractor())([molecule("CH3CH2OH"), molecule("H2O")])
+    inputs = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+    positions = inputs["positions"].requires_grad_()
+
+    def features_and_slope() -> tuple[Tensor, Tensor]:
+        features = model(**inputs).node_features
+        return features, torch.autograd.grad(features.square().sum(), positions)[0]
+
+    expected = features_and_slope()
+    monkeypatch.setattr(blocks_moiety, "EDGES_AT_ONCE", edges_at_once)
+    torch.testing.assert_close(features_and_slope(), expected)
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def merged_norm(x_MNC: Tensor, lmax: int) -> Tensor:
 
     A norm per degree would blow noise up at sites whose symmetry makes a degree vanish.
     """
-    square_MN = x_MNC.square().mean(-1)
+    square_MN = torch.linalg.vecdot(x_MNC, x_MNC) / x_MNC.shape[-1]
     variance_N = torch.stack([slab.mean(0) for slab in by_degree(square_MN, lmax)]).mean(0)
     return x_MNC * torch.rsqrt(variance_N + 1e-6)[:, None]
 
