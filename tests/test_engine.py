@@ -17,17 +17,21 @@ from typing import Any
 
 import pytest
 import torch
+from ase.build import bulk
 from torch import Tensor
 
 from moiety.errors import InputError
+from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.models.processing_moiety import MoietyProcessor
 from moiety.objectives import build_objectives
 from moiety.training import loop
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.export import check_export
 from moiety.training.loop import fit, learning_rate
 from moiety.training.mixture import Mixture
-from moiety.training.plan import make_plan, state_bytes
+from moiety.training.plan import activation_bytes, make_plan, state_bytes
 from moiety.training.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +218,32 @@ def test_the_plan_of_a_large_configuration_starts_nothing(name: str, parameters:
     assert abs(plan.parameters / parameters - 1) < 0.1
     memory = [plan.state_bytes[stage, 8] for stage in (0, 1, 2, 3)]
     assert memory == sorted(memory, reverse=True) and memory[0] == 20 * plan.parameters
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("shape", [{"lmax": 1, "global_every": 0}, {"lmax": 2, "global_every": 2}])
+def test_the_plan_counts_what_is_kept_for_the_backward_pass(
+    shape: dict[str, int], gathers: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if gathers:
+        monkeypatch.setattr("moiety.models.geometry_moiety.available", lambda device: False)
+    config = MoietyConfig(hidden_size=96, num_layers=4, num_heads=4, edge_channels=48, **shape)
+    model = MoietyForPreTraining(config).train()
+    inputs = MoietyProcessor(MoietyFeatureExtractor())([bulk("Cu", cubic=True) * (3, 3, 3)])
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.layout == torch.strided and not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**inputs, noise_target=torch.zeros_like(inputs["positions"]))
+    measured = sum(len(storage) for pointer, storage in kept.items() if pointer not in weights)
+    nodes, edges = len(inputs["positions"]), inputs["edge_index"].shape[1]
+    assert output.loss is not None
+    assert activation_bytes(config, nodes, edges, gathers) == pytest.approx(measured, rel=0.1)
 
 
 def test_on_one_rank_zero_saves_nothing():

@@ -107,7 +107,7 @@ def planned(steps: Mapping[str, Mapping[str, tables.Costs]], num_parameters: int
         if "error" not in (cost := costs[name]):
             shape = build(name, num_parameters).trunk.config
             found[name] = {
-                "planned": activation_bytes(shape, cost["nodes"], cost["edges"]),
+                "planned": activation_bytes(shape, cost["nodes"], cost["edges"], gathers=True),
                 "measured": cost["rise"],
             }
     return found

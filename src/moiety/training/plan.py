@@ -67,7 +67,9 @@ def make_plan(config: PretrainConfig, mixture: Mixture | None, flops_per_s: floa
             for stage in STAGES
             for world in WORLD_SIZES
         },
-        activation_bytes=activation_bytes(shape, config.data.node_budget, config.data.edge_budget),
+        activation_bytes=activation_bytes(
+            shape, config.data.node_budget, config.data.edge_budget, gathers=torch.cuda.is_available()
+        ),
         nodes_per_step=nodes * config.data.micro_batches,
         edges_per_step=edges * config.data.micro_batches,
         flops_per_step=config.data.micro_batches * training_flops(model, nodes, edges),
@@ -93,15 +95,20 @@ def state_bytes(parameters: int, stage: int, world_size: int, ema: bool) -> floa
     return sharded + whole if stage == 0 else sharded / world_size + whole
 
 
-def activation_bytes(config: MoietyConfig, nodes: int, edges: int) -> float:
-    """fp32 tensors that one micro-batch keeps for its backward pass.
+def activation_bytes(config: MoietyConfig, nodes: int, edges: int, gathers: bool) -> float:
+    """fp32 tensors that one micro-batch keeps for its backward pass; the coefficients are fitted to counts of them.
 
-    A block keeps some 24 copies of its node features (norms, projections, products of degrees), and per edge the
-    gathered values [M * D] and nine scalar rows [D].
+    Args:
+        config: shape of the trunk.
+        nodes: of the micro-batch.
+        edges: places in its table of neighbours: as many as edges where all nodes have the same number of them.
+        gathers: whether the neighbours' features are gathered (GPU, compiled) or multiplied sparsely (CPU).
     """
-    components = (config.lmax + 1) ** 2
-    per_block = 24 * nodes * components * config.hidden_size + edges * (components + 9) * config.edge_channels
-    return 4.0 * config.num_layers * per_block
+    steerable = nodes * (config.lmax + 1) ** 2 * config.hidden_size
+    of_edge = 3.1 + (config.lmax + 1) ** 2 * gathers
+    per_block = 9.5 * steerable + 15 * nodes * config.hidden_size + of_edge * edges * config.edge_channels
+    num_global = config.num_layers // config.global_every if config.global_every else 0
+    return 4.0 * (config.num_layers * per_block + num_global * 2.8 * steerable)
 
 
 def training_flops(model: nn.Module, nodes: float, edges: float) -> float:
