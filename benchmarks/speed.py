@@ -114,7 +114,7 @@ def one_by_one(names: Iterable[str], what: str, cases: Mapping[int, Request]) ->
         told(f"{what}, {name}")
         with Crew([name], NUM_PARAMETERS) as crew:
             for size, costs in growing(crew, cases, SCALING_ROUNDS, MOST_SECONDS).items():
-                found[size].update(costs)
+                found[size].update(costs | crew.lost)
     return found
 
 
@@ -146,7 +146,7 @@ def memory(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         for name in names:
             with Crew([name], NUM_PARAMETERS) as crew:
                 in_turns(crew, Request("dense 20", task), 1)  # loads what is loaded at the first step
-                found.setdefault(task, {}).update(in_turns(crew, Request("dense 2000", task), 1))
+                found.setdefault(task, {}).update(in_turns(crew, Request("dense 2000", task), 1) | crew.lost)
     return found
 
 

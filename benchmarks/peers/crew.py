@@ -92,6 +92,11 @@ class Crew(dict[str, Worker]):
         for name in self.broken:
             self.pop(name).close()
 
+    @property
+    def lost(self) -> dict[str, Cost]:
+        """What stands in a table in place of the costs of broken models."""
+        return {name: {"error": why} for name, why in self.broken.items()}
+
     def __enter__(self) -> Crew:
         return self
 
