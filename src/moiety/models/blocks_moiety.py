@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ def merged_norm(x_MNC: Tensor, lmax: int) -> Tensor:
 
     A norm per degree would blow noise up at sites whose symmetry makes a degree vanish.
     """
-    square_MN = torch.linalg.vecdot(x_MNC, x_MNC) / x_MNC.shape[-1]
+    square_MN = x_MNC.square().mean(-1)
     variance_N = torch.stack([slab.mean(0) for slab in by_degree(square_MN, lmax)]).mean(0)
     return x_MNC * torch.rsqrt(variance_N + 1e-6)[:, None]
 
@@ -111,13 +112,16 @@ class LocalAttention(nn.Module):
 
     def _aggregate(self, content_ND: Tensor, value_MND: Tensor, angle_MNF: Tensor, neighbors: Neighbors) -> Tensor:
         """[M, N, 2D]: what is built, and what is moved."""
-        layout = neighbors.layout
-        tables = (neighbors.radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
+        layout, radial = neighbors.layout, neighbors.radial
+        # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ
+        filter_RF = self.filter(torch.eye(radial.shape[-1], dtype=radial.dtype, device=radial.device))
+        on_edges = partial(self._on_edges, content_ND, filter_RF)
+        tables = (radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
         if layout.pattern is None:
-            built_NMD, weight_HNK = self._on_edges(content_ND, *tables)
+            built_NMD, weight_HNK = on_edges(*tables)
         else:
             rows = max(EDGES_AT_ONCE // layout.source.shape[1], 1)
-            parts = [self._on_edges(content_ND, *part) for part in zip(*(t.split(rows) for t in tables), strict=True)]
+            parts = [on_edges(*part) for part in zip(*(t.split(rows) for t in tables), strict=True)]
             built_NMD, weight_HNK = (joined(part, dim) for dim, part in enumerate(zip(*parts, strict=True)))
         value_HNF = value_MND.unflatten(-1, (len(weight_HNK), -1)).permute(2, 1, 0, 3).flatten(2)
         moved_HNF = neighbors.transport(weight_HNK, value_HNF)
@@ -125,10 +129,17 @@ class LocalAttention(nn.Module):
         return torch.cat([built_NMD.transpose(0, 1), moved_MND], dim=-1)
 
     def _on_edges(
-        self, content_ND: Tensor, radial: Tensor, harmonics: Tensor, directions: Tensor, source: Tensor, angle: Tensor
+        self,
+        content_ND: Tensor,
+        filter_RF: Tensor,
+        radial: Tensor,
+        harmonics: Tensor,
+        directions: Tensor,
+        source: Tensor,
+        angle: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What is built [n,M,D], and the weights of the edges [H,n,K], of n rows of the tables."""
-        edge_nKF = self.filter(radial).baddbmm_(harmonics, angle, alpha=1 / (self.lmax + 1))
+        edge_nKF = (radial @ filter_RF).baddbmm_(harmonics, angle, alpha=1 / (self.lmax + 1))
         filter_nKD, weight_nKH = edge_nKF.split([self.width, edge_nKF.shape[-1] - self.width], dim=-1)
         content_nKD = content_ND.index_select(0, source.flatten()).view_as(filter_nKD)
         return torch.bmm(directions, filter_nKD * content_nKD), weight_nKH.permute(2, 0, 1).contiguous()
