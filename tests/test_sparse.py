@@ -64,7 +64,7 @@ def test_derivatives_are_exact(pattern: Pattern, check: Callable[..., bool]) -> 
     assert check(lambda x, y: SampledProduct.apply(x, y, pattern), (x, y))
 
 
-@pytest.mark.parametrize("edges_at_once", [1, 40, 10**6])  # a row at a time, a few, all
+@pytest.mark.parametrize("edges_at_once", [1, 40])  # a row at a time, a few
 def test_edges_a_few_at_a_time_say_what_all_together_say(monkeypatch: pytest.MonkeyPatch, edges_at_once: int) -> None:
     torch.manual_seed(0)
     model = MoietyModel(MoietyConfig(hidden_size=16, num_layers=2, num_heads=2, edge_channels=8)).double()

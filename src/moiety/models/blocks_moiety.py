@@ -113,11 +113,14 @@ class LocalAttention(nn.Module):
     def _aggregate(self, content_ND: Tensor, value_MND: Tensor, angle_MNF: Tensor, neighbors: Neighbors) -> Tensor:
         """[M, N, 2D]: what is built, and what is moved."""
         layout, radial = neighbors.layout, neighbors.radial
-        # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ
+        # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ.
+        # Dropout of an adapter on it so drops radial functions of all edges at once.
         filter_RF = self.filter(torch.eye(radial.shape[-1], dtype=radial.dtype, device=radial.device))
         on_edges = partial(self._on_edges, content_ND, filter_RF)
         tables = (radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
-        if layout.pattern is None:
+        if (
+            layout.pattern is None
+        ):  # a compiler wants one graph for all batches, whatever their number of parts
             built_NMD, weight_HNK = on_edges(*tables)
         else:
             rows = max(EDGES_AT_ONCE // layout.source.shape[1], 1)

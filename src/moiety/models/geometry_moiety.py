@@ -155,7 +155,7 @@ class Neighbors:
     """
 
     layout: Layout
-    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(16)
+    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(TYPICAL_DEGREE)
     harmonics: Tensor  # [N, K, M] times the same
     directions: Tensor  # [N, M, K] harmonics alone
 
