@@ -118,9 +118,7 @@ class LocalAttention(nn.Module):
         filter_RF = self.filter(torch.eye(radial.shape[-1], dtype=radial.dtype, device=radial.device))
         on_edges = partial(self._on_edges, content_ND, filter_RF)
         tables = (radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
-        if (
-            layout.pattern is None
-        ):  # a compiler wants one graph for all batches, whatever their number of parts
+        if layout.pattern is None:  # a compiler wants one graph for all batches, whatever their number of parts
             built_NMD, weight_HNK = on_edges(*tables)
         else:
             rows = max(EDGES_AT_ONCE // layout.source.shape[1], 1)
