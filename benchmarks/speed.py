@@ -36,7 +36,7 @@ ATOMS = (20, 64, 216, 512, 2000, 20_000)
 BATCHES = (1, 4, 16, 64, 128)
 GLOBAL_NODES = (128, 512)
 MOST_SECONDS = 120.0  # a longer step is not taken
-ROUNDS, QUICK_ROUNDS, SCALING_ROUNDS = 6, 2, 3
+ROUNDS, QUICK_ROUNDS, SCALING_ROUNDS, GLOBAL_ROUNDS = 6, 2, 3, 15
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,7 +125,7 @@ def cost_of_global(crew: Crew) -> dict[int, dict[str, Any]]:
     for nodes in GLOBAL_NODES:
         for task in ("energy", "direct"):
             costs: dict[str, Any] = {}
-            for turn in range(ROUNDS):
+            for turn in range(GLOBAL_ROUNDS):
                 for on in (True, False):
                     request = Request(f"dense {nodes}", task, warm=int(turn == 0), with_global=on)
                     key = "seconds" if on else "seconds_without"
