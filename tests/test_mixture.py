@@ -123,10 +123,10 @@ def test_neighbouring_micro_batches_come_from_different_sources():
 
 
 def test_the_fingerprint_changes_with_whatever_changes_the_order():
-    base = make().fingerprint
-    assert base == make().fingerprint
+    base = make().facts
+    assert base == make().facts
     for other in (make(seed=2), make(node_budget=201), make(micro_batches=8), make({"small": 3, "middle": 1})):
-        assert other.fingerprint != base
+        assert other.facts != base
 
 
 def test_a_structure_above_the_budget_is_refused_by_name():

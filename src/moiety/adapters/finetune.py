@@ -20,11 +20,11 @@ from moiety.models.vocabulary_moiety import VOCAB_SIZE
 from moiety.objectives.regression import Regression
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
-from moiety.training.engine import gather_weights
 from moiety.training.export import save_model
+from moiety.training.files import write_json
 from moiety.training.loop import fit
 from moiety.training.mixture import Mixture, Source
-from moiety.training.run import Run, write_json
+from moiety.training.run import Run
 
 METHODS = ("lora", "full", "head", "scratch")
 
@@ -140,8 +140,7 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objective = Regression(task.label, task.label, data.std)
     fit(run, model, data.mixture(config.data), [objective], config.optimizer, config.training)
-    assert run.average is not None  # fit made it
-    weights = gather_weights(run.engine, run.average)
+    weights = run.weights()
     if weights is None:
         return None
     trained = build_model(config, tasks)

@@ -261,8 +261,8 @@ class TensorFeedForward(nn.Module):
             products = self._products(a[1:], g[1:])
         out = [self.out[0](scalar).unsqueeze(0)]
         for degree in range(1, self.lmax + 1):
-            joined = torch.cat([a[degree], products[degree - 1]], dim=-1) * gates[degree - 1]
-            out.append(self.out[degree](joined))
+            both = torch.cat([a[degree], products[degree - 1]], dim=-1) * gates[degree - 1]
+            out.append(self.out[degree](both))
         return torch.cat(out)
 
     def _products(self, a: tuple[Tensor, ...], g: tuple[Tensor, ...]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The DeepSpeed side of training: start-up without its traps, the JSON's blanks filled, weights averaged and gathered.
+"""The DeepSpeed side of training: start-up without its traps, the JSON's blanks filled, weights averaged.
 
 The same code runs under `deepspeed`, `torchrun` and plain `python`, which is a group of one process.
 """
@@ -10,16 +10,15 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moiety.errors import InputError
 from moiety.training.config import OptimizerConfig, TrainingConfig
+from moiety.training.fragments import master_weights
 
 REPOSITORY = Path(__file__).parents[3]
 REMOVED_KEYS = (
@@ -236,53 +235,6 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, master in zip(self.means, master_weights(self._engine), strict=True):
             mean.lerp_(master, 1 - decay)
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """The averages stand in the place of the fp32 weights, for gathering."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for mean, master in zip(self.means, master_weights(self._engine) if self.means else [], strict=True):
-            kept = master.detach().clone()
-            master.copy_(mean)
-            mean.copy_(kept)
-
-
-def master_weights(engine: Any) -> list[Tensor]:
-    """The fp32 tensors that the optimizer updates on this rank: whole parameters, or this rank's flat partitions."""
-    partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
-    if partitions is not None:
-        return list(partitions)
-    return [weight for group in engine.optimizer.param_groups for weight in group["params"]]
-
-
-def gather_weights(engine: Any, average: WeightAverage) -> dict[str, Tensor] | None:
-    """The whole model's fp32 state dict on rank 0 (None elsewhere), averaged weights where there are any.
-
-    A collective: every rank calls it.
-    """
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    first = torch.distributed.get_rank() == 0
-    weights: dict[str, Tensor] = {}
-    with average.swapped_in():
-        for name, parameter in engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            if full is None:  # no ZeRO, or a frozen parameter
-                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    full = parameter.detach().clone()
-            if first:
-                weights[name] = full.detach().cpu().contiguous().clone()
-    persistent = engine.module.state_dict().keys() - weights.keys()
-    weights |= {name: buffer.cpu().clone() for name, buffer in engine.module.named_buffers() if name in persistent}
-    return weights if first else None
 
 
 def _free_port() -> str:

@@ -12,21 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from moiety.data.structure import Structure
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
 from moiety.training.card import model_card
-from moiety.training.engine import gather_weights
+from moiety.training.files import write_json, write_text
 from moiety.training.mixture import Mixture
-from moiety.training.run import Run, write_json, write_text
+from moiety.training.probe import PROBE, probe_structures
+from moiety.training.run import Run
 
 AUTO_MAP = {
     "AutoConfig": "configuration_moiety.MoietyConfig",
@@ -35,25 +34,6 @@ AUTO_MAP = {
     "AutoFeatureExtractor": "feature_extraction_moiety.MoietyFeatureExtractor",
     "AutoProcessor": "processing_moiety.MoietyProcessor",
 }
-PROBE: list[dict[str, Any]] = [  # methanol, and rock salt in its primitive cell; Å
-    {
-        "node_type": [6, 8, 1, 1, 1, 1],
-        "positions": [
-            [-0.0469, 0.6636, 0.0], [-0.0469, -0.7586, 0.0], [-1.0930, 0.9693, 0.0],
-            [0.8790, -1.0583, 0.0], [0.4376, 1.0718, 0.8914], [0.4376, 1.0718, -0.8914],
-        ],
-        "cell": None,
-        "pbc": None,
-        "domain": "molecule",
-    },
-    {
-        "node_type": [11, 17],
-        "positions": [[0.0, 0.0, 0.0], [2.82, 0.0, 0.0]],
-        "cell": [[0.0, 2.82, 2.82], [2.82, 0.0, 2.82], [2.82, 2.82, 0.0]],
-        "pbc": [True, True, True],
-        "domain": "crystal",
-    },
-]  # fmt: skip
 
 
 def export(run: Run, mixture: Mixture) -> Path:
@@ -62,8 +42,8 @@ def export(run: Run, mixture: Mixture) -> Path:
     Raises:
         RuntimeError: what was written does not load to the same numbers.
     """
-    assert run.engine is not None and run.average is not None, "fit comes first"
-    weights = gather_weights(run.engine, run.average)
+    assert run.engine is not None, "fit comes first"
+    weights = run.weights()
     folder = run.path / "export"
     if weights is not None:
         aside = run.path / "export.partial"
@@ -112,18 +92,9 @@ def check_export(folder: Path) -> None:
 @torch.no_grad()
 def probe_outputs(model: Any, processor: Any) -> dict[str, Tensor]:
     """node_features [N,M,C] and graph_features [B,C] of the probe structures, on one CPU thread."""
-    structures = [probe_structure(**fields) for fields in PROBE]
     with one_thread():
-        output = model.to("cpu").eval()(**processor(structures))
+        output = model.to("cpu").eval()(**processor(probe_structures()))
     return {"node_features": output.node_features.contiguous(), "graph_features": output.graph_features.contiguous()}
-
-
-def probe_structure(node_type: list[int], positions: list[Any], cell: Any, pbc: Any, domain: str) -> Structure:
-    """An entry of PROBE, or of a probe.json, as a structure."""
-    structure = Structure(np.array(node_type), np.array(positions), domain=domain)
-    if cell is not None:
-        structure.cell, structure.pbc = np.array(cell), np.array(pbc)
-    return structure
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.engine import WeightAverage, apply_step, set_lr, start_engine
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
+from moiety.training.signals import StopSignals
 from moiety.training.window import StepSums, Window
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -39,11 +40,13 @@ def fit(
 ) -> None:
     """Trains up to `training.steps` optimizer steps, from the newest checkpoint of the run if there is one.
 
-    Afterwards `run.engine` and `run.average` hold the result, for `export`.
+    Afterwards the newest checkpoint holds the result, see `Run.weights`.
 
     Raises:
-        InputError: the run directory belongs to other data or to another number of processes.
+        InputError: the run directory belongs to other data or to another model.
         FloatingPointError: the loss or the gradient was not finite 20 steps in a row.
+        SaveFailed: the last checkpoint could not be written.
+        SystemExit: with 75 after SIGTERM or SIGUSR1, with 130 after Ctrl-C; a checkpoint was written first.
     """
     per_step = mixture.config.micro_batches
     run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
@@ -52,53 +55,60 @@ def fit(
     if training.compile:
         run.progress.note("compiling: the first step takes minutes")
         compile_model(model)
-    engine = start_engine(model, optimizer, training, per_step)
+    engine = run.engine = start_engine(model, optimizer, training, per_step)
     average = WeightAverage(engine, optimizer.ema)
-    run.engine, run.average = engine, average
-    state = run.resume(engine, average, mixture.fingerprint) or start_state(mixture)
+    state = run.resume(engine, average, mixture.facts) or start_state(mixture)
     window = Window(objectives, state["window"])
     started = time.perf_counter() - state["elapsed_s"]
     engine.train()
 
-    for step in range(state["step"], training.steps):
-        first = step * per_step
-        mine = range(first + run.rank, first + per_step, run.world_size)
-        batches = [prepare(mixture, number, objectives, engine, training.seed, window) for number in mine]
-        scored_O = count_scored(objectives, batches)
-        sums = StepSums(len(objectives), engine.device)
-        lr = learning_rate(step, training.steps, optimizer)
-        set_lr(engine, lr)
-        for batch in batches:
-            with window.timed("forward"):
-                output = engine(**batch.inputs())
-                loss = step_loss(objectives, output, batch, scored_O, sums)
-            with window.timed("backward"):
-                engine.backward(loss * run.world_size, scale_wrt_gas=False)  # DeepSpeed averages over the ranks
+    with StopSignals() as stop:
+        for step in range(state["step"], training.steps):
+            first = step * per_step
+            mine = range(first + run.rank, first + per_step, run.world_size)
+            batches = [prepare(mixture, number, objectives, engine, training.seed, window) for number in mine]
+            scored_O = count_scored(objectives, batches)
+            sums = StepSums(len(objectives), per_step, engine.device)
+            lr = learning_rate(step, training.steps, optimizer)
+            set_lr(engine, lr)
+            for number, batch in zip(mine, batches, strict=True):
+                torch.manual_seed(own_seed(training.seed, number))
+                with window.timed("forward"):
+                    output = engine(**batch.inputs())
+                    loss = step_loss(objectives, output, batch, scored_O, sums)
+                    sums.not_finite_m[number - first] = ~torch.isfinite(loss.detach())
+                with window.timed("backward"):
+                    engine.backward(loss * run.world_size, scale_wrt_gas=False)  # DeepSpeed averages over the ranks
+                with window.timed("step"):
+                    applied, grad_norm = apply_step(engine, optimizer.grad_clip)  # updates after the last one
             with window.timed("step"):
-                applied, grad_norm = apply_step(engine, optimizer.grad_clip)  # updates after the last one
-        with window.timed("step"):
-            distributed.all_reduce(sums.flat)
-            if applied:
-                average.update(step)
-                window.add(sums, grad_norm)
+                sums.stop += stop.asked
+                distributed.all_reduce(sums.flat)
+                if applied:
+                    average.update(step)
+                    window.add(sums, grad_norm)
 
-        state["step"] = step + 1
-        state["samples"] = mixture.digest(state["samples"], first, first + per_step)
-        state["elapsed_s"] = time.perf_counter() - started
-        count_skipped(run, state, applied)
-        last = step + 1 == training.steps
-        if last or (step + 1) % training.log_every == 0:
-            run.log(window.record(state, lr), training.steps)
-            window = Window(objectives)
-        if last or (step + 1) % training.checkpoint_every == 0:
-            run.save(engine, average, state | {"window": window.state()}, training.keep_checkpoints)
+            state["step"] = step + 1
+            state["samples"] = mixture.digest(state["samples"], first, first + per_step)
+            state["elapsed_s"] = time.perf_counter() - started
+            count_skipped(run, state, applied, mixture, sums)
+            last, stopping = step + 1 == training.steps, bool(sums.stop > 0)
+            if last or (step + 1) % training.log_every == 0:
+                run.log(window.record(state, lr, run.failed_saves), training.steps)
+                window = Window(objectives)
+            if last or stopping or (step + 1) % training.checkpoint_every == 0:
+                with window.timed("save"):
+                    run.save(engine, average, state | {"window": window.state()}, training.keep_checkpoints)
+            if stopping and not last:
+                run.stop(stop.exit_code)
+    run.finish()
 
 
 def start_state(mixture: Mixture) -> dict[str, Any]:
     """What a checkpoint keeps besides weights and optimizer, before the first step."""
     return {
         "step": 0,
-        "mixture": mixture.fingerprint,
+        "mixture": mixture.facts,
         "samples": "",  # running digest of the structures seen
         "skipped_steps": 0,
         "skipped_in_a_row": 0,
@@ -113,13 +123,17 @@ def prepare(
     """Reads, collates and corrupts one micro-batch; its random numbers depend on its number, not on who holds it."""
     with window.timed("data"):
         batch = collate(mixture.read(mixture.micro_batch(number)))
-        own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
-        rng = torch.Generator().manual_seed(own_seed)
+        rng = torch.Generator().manual_seed(own_seed(seed, number))
         for objective in objectives:
             batch = objective.corrupt(batch, rng)
     with window.timed("neighbours"):
         batch = with_neighbors(batch, engine.module.config.cutoff)
     return batch.to(engine.device)
+
+
+def own_seed(seed: int, number: int) -> int:
+    """Of a micro-batch: its noise, and its dropout, are the same on whichever rank."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def count_scored(objectives: Sequence[Objective], batches: Sequence[Batch]) -> Tensor:
@@ -163,13 +177,18 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     return optimizer.lr * (optimizer.final_fraction + (1 - optimizer.final_fraction) * cosine)
 
 
-def count_skipped(run: Run, state: dict[str, Any], applied: bool) -> None:
-    """Counts a step that was not applied; gives up when there were too many in a row."""
+def count_skipped(run: Run, state: dict[str, Any], applied: bool, mixture: Mixture, sums: StepSums) -> None:
+    """Counts a step that was not applied and logs its structures; gives up when there were too many in a row."""
     if applied:
         state["skipped_in_a_row"] = 0
         return
     state["skipped_steps"] += 1
     state["skipped_in_a_row"] += 1
-    run.progress.note(f"step {state['step']}: loss or gradient not finite, skipped on all ranks")
+    first = (state["step"] - 1) * mixture.config.micro_batches
+    bad = [first + int(m) for m in sums.not_finite_m.nonzero()]  # none: every loss is finite, their gradient is not
+    if run.rank == 0:
+        numbers = bad or range(first, first + mixture.config.micro_batches)
+        ids = {number: [s.id for s in mixture.read(mixture.micro_batch(number))] for number in numbers}
+        run.log_skipped({"step": state["step"], "not_finite": "loss" if bad else "gradient", "micro_batches": ids})
     if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
         raise FloatingPointError(f"{run.path}: {MAX_SKIPPED_IN_A_ROW} steps in a row not finite, last {state['step']}")

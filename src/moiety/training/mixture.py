@@ -20,7 +20,6 @@ T = 1 all sources end their epochs together, at T = .inf the weights alone are t
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -200,14 +199,15 @@ class Mixture:
         return drawn / drawn.sum()
 
     @property
-    def fingerprint(self) -> str:
+    def facts(self) -> dict[str, Any]:
         """Equal for two mixtures that yield the same structures in the same order, wherever the corpora lie."""
-        facts = asdict(self.config) | {
-            "sources": [[s.corpus.fingerprint, float(w)] for s, w in zip(self.sources, self._weights, strict=True)],
-            "order": [ORDER_VERSION, WINDOW, SIZE_JITTER],
-        }
-        del facts["temperature"]  # what it does stands in the weights
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        sources = [
+            {"fingerprint": s.corpus.fingerprint[:16], "share": float(weight)}
+            for s, weight in zip(self.sources, self._weights, strict=True)
+        ]
+        facts = asdict(self.config) | {"sources": sources, "order": [ORDER_VERSION, WINDOW, SIZE_JITTER]}
+        del facts["temperature"]  # what it does stands in the shares
+        return facts
 
     def describe(self) -> dict[str, Any]:
         """Corpus name -> domain, structures, nodes, shares of the micro-batches and of the structures."""

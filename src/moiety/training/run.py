@@ -3,8 +3,8 @@
 config.json            the configuration; a run only resumes with the same one
 run.json               what ran: parameters, corpora, machine, versions
 log.jsonl              one record every `training.log_every` steps
-checkpoints/step_N/    DeepSpeed's files, each rank's averaged weights, state.json; complete.json is written last
-checkpoints/latest     the newest complete checkpoint
+skipped.jsonl          the structures of steps that were not applied, where there were any
+checkpoints/           see `checkpoint`
 export/                the model in Hub layout
 """
 
@@ -12,21 +12,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import distributed
+from safetensors.torch import load_file
+from torch import Tensor, distributed
 
 from moiety.errors import InputError
+from moiety.training.checkpoint import (
+    WEIGHTS,
+    Damaged,
+    SaveFailed,
+    Writer,
+    complete,
+    make_room,
+    read_manifest,
+    remove_leftovers,
+    step_name,
+    verify,
+)
 from moiety.training.engine import WeightAverage, start_distributed
+from moiety.training.files import differences, write_json, write_text
+from moiety.training.fragments import parameter_shapes
 from moiety.training.progress import Progress
+from moiety.training.snapshot import restore, take_snapshot
 
-FREE_TO_CHANGE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "path"}
+NONE, ALL_DAMAGED = -1, -2  # in the place of a step
+FREE_TO_CHANGE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "path", "ds"}
 
 
 class Run:
@@ -38,9 +55,11 @@ class Run:
         self.rank = rank
         self.world_size = world_size
         self.checkpoints = path / "checkpoints"
-        self.engine: Any = None  # set by fit, with the averaged weights, for export
-        self.average: WeightAverage | None = None
+        self.engine: Any = None  # set by fit
         self.progress = Progress(enabled=rank == 0)
+        self.failed_saves = 0
+        self._writer = Writer(self.checkpoints, rank, world_size)
+        self._saved_step: int | None = None  # by this process
 
     @classmethod
     def open(cls, out: str | Path, config: Any, fresh: bool = False) -> Run:
@@ -83,6 +102,10 @@ class Run:
     def log_path(self) -> Path:
         return self.path / "log.jsonl"
 
+    @property
+    def skipped_path(self) -> Path:
+        return self.path / "skipped.jsonl"
+
     def describe(self, facts: dict[str, Any]) -> None:
         """Writes run.json: what ran, on what, with which versions."""
         if self.rank == 0:
@@ -99,103 +122,154 @@ class Run:
                 file.write(json.dumps(record) + "\n")
             self.progress.show(record, total_steps)
 
-    def save(self, engine: Any, average: WeightAverage, state: dict[str, Any], keep: int) -> None:
-        """Writes a checkpoint. It counts only once complete.json lists every file, so a torn one is never chosen."""
-        tag = f"step_{state['step']:08d}"
-        folder = self.checkpoints / tag
-        if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # what an earlier kill left half written
-        distributed.barrier()
-        engine.save_checkpoint(str(self.checkpoints), tag=tag, save_latest=False)
-        torch.save(average.means, folder / f"average_rank_{self.rank}.pt")
-        distributed.barrier()
-        if self.rank == 0:
-            write_json(folder / "state.json", state | {"world_size": self.world_size})
-            write_json(folder / "complete.json", {p.name: p.stat().st_size for p in _files(folder)})
-            write_text(self.checkpoints / "latest", tag)
-            for old in self._complete()[:-keep]:
-                shutil.rmtree(self.checkpoints / old)
-        distributed.barrier()
+    def log_skipped(self, record: dict[str, Any]) -> None:
+        """Writes down the structures of a step that was not applied."""
+        self.progress.note(f"step {record['step']}: {record['not_finite']} not finite, skipped on all ranks")
+        with self.skipped_path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
-    def resume(self, engine: Any, average: WeightAverage, mixture_fingerprint: str) -> dict[str, Any] | None:
-        """Loads the newest complete checkpoint and cuts the log back to it; None where there is none.
+    def save(self, engine: Any, average: WeightAverage, state: dict[str, Any], keep: int) -> None:
+        """Begins a checkpoint, once the one before is written; every process calls it.
+
+        A failure is told and counted, and training goes on: the earlier checkpoints are still there, and the next one
+        may find the disk in a better state.
+        """
+        self.settle()
+        problem = ""
+        if self.rank == 0:
+            num_bytes = self._bytes_of_checkpoint(engine, average)
+            try:
+                make_room(self.checkpoints, state["step"], num_bytes)
+            except SaveFailed as error:
+                problem = str(error)
+        if self._any_rank(bool(problem)):
+            self._tell_failure(problem)
+            return
+        snapshot = take_snapshot(engine, average, state["step"], {"state": state})
+        self._writer.start(snapshot, keep)
+        self._saved_step = state["step"]
+
+    def settle(self) -> bool:
+        """Waits until the checkpoint that was begun last is on the disk; False if it is not. Every process calls it."""
+        if self._saved_step is None:
+            return self.failed_saves == 0
+        self._writer.wait_for_own_part()
+        if self._any_rank(self._writer.failure is not None):
+            self._writer.give_up()
+        self._writer.wait()
+        if failed := self._any_rank(self._writer.failure is not None):
+            self._tell_failure(self._writer.failure)
+        self._saved_step = None
+        return not failed
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint.
 
         Raises:
-            InputError: the checkpoint was written by another number of processes or from other data.
+            SaveFailed: it is not there; the reason has been told.
         """
-        tag = next(reversed(self._complete()), None)
-        state = json.loads((self.checkpoints / tag / "state.json").read_text()) if tag else None
+        if not self.settle():
+            raise SaveFailed(f"{self.path}: the last checkpoint could not be written; run the same command again")
+
+    def stop(self, exit_code: int) -> NoReturn:
+        """Ends this process after the last checkpoint."""
+        self.finish()
+        self.progress.note(f"{self.path}: stopped as asked, after a checkpoint; the same command goes on")
+        raise SystemExit(exit_code)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The averaged weights of the newest checkpoint, whole, by name; None on other ranks than the first."""
         distributed.barrier()
+        return load_file(self.checkpoints / complete(self.checkpoints)[-1] / WEIGHTS) if self.rank == 0 else None
+
+    def resume(self, engine: Any, average: WeightAverage, mixture: dict[str, Any]) -> dict[str, Any] | None:
+        """Loads the newest checkpoint that is intact and cuts the log back to it; None where there is none.
+
+        Damaged ones are named and put aside. The number of processes and the ZeRO stage may be others than before.
+
+        Args:
+            engine: the DeepSpeed engine.
+            average: its averaged weights.
+            mixture: the facts that the order of structures depends on.
+
+        Raises:
+            InputError: the checkpoint is from other data or of another model; the differences are named.
+        """
+        newest = self._newest_intact() if self.rank == 0 else 0
+        step = torch.tensor(newest, device=engine.device)
+        distributed.broadcast(step, 0)
+        if step == ALL_DAMAGED:
+            raise InputError(f"{self.checkpoints}: no checkpoint is intact; restore one, or start over with --fresh")
         if self.rank == 0:
-            self._cut_log(state["step"] if state else 0)
-        if tag is None or state is None:
+            self._cut_logs(newest)
+        if step == NONE:
             return None
-        for what, now, remedy in (
-            ("world_size", self.world_size, "start as many processes as before"),
-            ("mixture", mixture_fingerprint, "restore the corpora"),
-        ):
-            if state[what] != now:
-                raise InputError(f"{self.checkpoints / tag}: {what} was {state[what]}, now {now}; {remedy}, or --fresh")
-        engine.load_checkpoint(str(self.checkpoints), tag=tag)
-        means = torch.load(self.checkpoints / tag / f"average_rank_{self.rank}.pt", weights_only=True)
-        for mean, loaded in zip(average.means, means, strict=True):
-            mean.copy_(loaded)
-        self.progress.note(f"{self.path}: resumed at step {state['step']}")
-        return state
+        folder = self.checkpoints / step_name(int(step))
+        manifest = read_manifest(folder)
+        if changed := differences(manifest["state"]["mixture"], mixture):
+            lines = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in changed.items())
+            raise InputError(f"{folder}: other structures, or another order:{lines}\nrestore the corpora, or --fresh")
+        restore(engine, average, folder, manifest)
+        before, now = manifest["world_size"], self.world_size
+        ranks = "" if before == now else f", with {now} processes instead of {before}"
+        self.progress.note(f"{self.path}: resumed at step {int(step)}{ranks}")
+        return manifest["state"]
 
-    def _complete(self) -> list[str]:
-        """Tags of checkpoints whose every listed file is there with its size, oldest first."""
-        tags = []
-        for marker in sorted(self.checkpoints.glob("step_*/complete.json")):
-            sizes = json.loads(marker.read_text())
-            if all((marker.parent / n).is_file() and (marker.parent / n).stat().st_size == s for n, s in sizes.items()):
-                tags.append(marker.parent.name)
-        return tags
+    def _newest_intact(self) -> int:
+        """The step of the newest checkpoint whose files are what was written, NONE or ALL_DAMAGED."""
+        remove_leftovers(self.checkpoints)
+        problems = []
+        for name in reversed(complete(self.checkpoints)):
+            try:
+                verify(self.checkpoints / name)
+            except Damaged as error:
+                problems.append((name, error))
+                continue
+            for damaged, error in problems:
+                aside = self.checkpoints / f"{damaged}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.checkpoints / damaged).rename(aside)
+                self.progress.note(f"{error}; put aside as {aside.name}")
+            return int(name.removeprefix("step_"))
+        if problems:
+            for _, error in problems:
+                self.progress.note(str(error))
+            return ALL_DAMAGED
+        return NONE
 
-    def _cut_log(self, last_step: int) -> None:
+    def _bytes_of_checkpoint(self, engine: Any, average: WeightAverage) -> int:
+        """Four bytes a number: weights, two moments, the whole model, and averages where there are any."""
+        numbers = sum(torch.Size(shape).numel() for shape in parameter_shapes(engine.module).values())
+        return 4 * numbers * (5 if average.means else 4)
+
+    def _any_rank(self, flag: bool) -> bool:
+        flags = torch.tensor(float(flag), device=self.engine.device)
+        distributed.all_reduce(flags)
+        return bool(flags > 0)
+
+    def _tell_failure(self, problem: str | None) -> None:
+        self.failed_saves += 1
+        if problem:
+            print(f"rank {self.rank}: {problem}; training goes on", file=sys.stderr, flush=True)
+
+    def _cut_logs(self, last_step: int) -> None:
         """Drops what was logged after the checkpoint (those steps run again) and a line torn by a kill."""
-        if not self.log_path.exists():
-            return
-        lines = self.log_path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
-        write_text(self.log_path, "".join(kept))
+        for path in (self.log_path, self.skipped_path):
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
+                write_text(path, "".join(kept))
 
     def _refuse_changes(self, before: dict[str, Any]) -> None:
-        old, new = _flatten(before), _flatten(_plain(self.config))
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        refused = [key for key in changed if key.rpartition(".")[2] not in FREE_TO_CHANGE]
+        changed = differences(before, _plain(self.config))
+        refused = {key: values for key, values in changed.items() if key.rpartition(".")[2] not in FREE_TO_CHANGE}
         if refused:
-            lines = "".join(f"\n  {key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}" for key in refused)
+            lines = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in refused.items())
             raise InputError(f"{self.path}: a run of another configuration:{lines}\nuse --fresh, or another --out")
-        for key in changed:
-            self.progress.note(f"{key}: {old.get(key)} -> {new.get(key)}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once: whoever reads it sees the old or the new text, never a part."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
+        for key, (old, new) in changed.items():
+            self.progress.note(f"{key}: {old} -> {new}")
 
 
 def _plain(config: Any) -> dict[str, Any]:
     """The configuration as JSON gives it back (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, dict | list) and node:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        return {key: value for name, inner in items for key, value in _flatten(inner, f"{prefix}{name}.").items()}
-    return {prefix[:-1]: node}

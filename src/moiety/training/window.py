@@ -15,19 +15,23 @@ from moiety.models.vocabulary_moiety import DOMAINS
 from moiety.objectives import Objective
 from moiety.tokens.batch import Batch
 
-PHASES: tuple[str, ...] = ("data", "neighbours", "forward", "backward", "step")
+PHASES: tuple[str, ...] = ("data", "neighbours", "forward", "backward", "step", "save")
 
 
 class StepSums:
     """One step's sums on this rank, in one tensor so that one all_reduce makes them global."""
 
-    def __init__(self, num_objectives: int, device: torch.device) -> None:
-        self.flat = torch.zeros(len(DOMAINS) * num_objectives * 2 + 2, dtype=torch.float64, device=device)
-        self._terms_DO2 = self.flat[:-2].view(len(DOMAINS), num_objectives, 2)  # sum of loss, sum of weight
+    def __init__(self, num_objectives: int, micro_batches: int, device: torch.device) -> None:
+        num_terms = len(DOMAINS) * num_objectives * 2
+        self.flat = torch.zeros(num_terms + 2 + micro_batches + 1, dtype=torch.float64, device=device)
+        self.logged = self.flat[: num_terms + 2]  # terms, structures, nodes
+        self.not_finite_m = self.flat[num_terms + 2 : -1]  # 1 for a micro-batch of the step whose loss is not finite
+        self.stop = self.flat[-1]  # ranks that were asked to stop
+        self._terms_DO2 = self.flat[:num_terms].view(len(DOMAINS), num_objectives, 2)  # sum of loss, sum of weight
 
     def add_batch(self, batch: Batch) -> None:
-        self.flat[-2] += batch.num_structures
-        self.flat[-1] += len(batch.node_type)
+        self.logged[-2] += batch.num_structures
+        self.logged[-1] += len(batch.node_type)
 
     def add_terms(self, objective: int, batch: Batch, loss_B: Tensor, weight_B: Tensor) -> None:
         terms_B2 = torch.stack([loss_B.detach(), weight_B], dim=-1).double()
@@ -58,14 +62,14 @@ class Window:
             self._seconds[phase] += time.perf_counter() - start
 
     def add(self, sums: StepSums, grad_norm: float) -> None:
-        self._sums += sums.flat.cpu()
+        self._sums += sums.logged.cpu()
         self._grad_norms.append(grad_norm)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a record which spans it is the same after a resume."""
         return {"sums": self._sums.tolist(), "grad_norms": self._grad_norms}
 
-    def record(self, state: dict[str, Any], lr: float) -> dict[str, Any]:
+    def record(self, state: dict[str, Any], lr: float, failed_saves: int) -> dict[str, Any]:
         """The log record of these steps: mean losses over all scored items, rates, shares of the time."""
         terms_DO2 = self._sums[:-2].view(len(DOMAINS), len(self._objectives), 2)
         loss_O, weight_O = terms_DO2.sum(0).unbind(-1)
@@ -84,6 +88,7 @@ class Window:
             "structures_per_s": round((structures - self._structures_before) / elapsed, 1),
             "nodes_per_s": round((nodes - self._nodes_before) / elapsed, 1),
             "skipped_steps": state["skipped_steps"],
+            "failed_saves": failed_saves,
             "samples": state["samples"],
             "time": {phase: round(seconds / busy, 4) for phase, seconds in self._seconds.items()},
             "elapsed_s": round(state["elapsed_s"], 3),
