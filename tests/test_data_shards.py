@@ -229,6 +229,47 @@ def test_a_flipped_byte_in_a_shard_is_refused_by_name(tmp_path, opened_before):
         Corpus.open(tmp_path / "corpus")
 
 
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def in_many_shards(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("moiety.data.parts.NODES_PER_SHARD", 100)
+    monkeypatch.setattr("moiety.data.parts.CHUNK", 8)
+    write_corpus(molecules(500), tmp_path / "corpus")
+    return tmp_path / "corpus"
+
+
+def test_a_checked_corpus_mends_a_damaged_cache(in_many_shards):
+    before = [s.positions for s in Corpus.open(in_many_shards, "train")]
+    cached = sorted((in_many_shards / ".arrow").glob("train-*.arrow"))[3]
+    flip(cached, cached.stat().st_size // 2)
+    after = Corpus.open(in_many_shards, "train", checked=True)
+    assert not after.damaged
+    assert all(np.array_equal(a, s.positions) for a, s in zip(before, after, strict=True))
+
+
+def test_a_checked_corpus_does_without_a_damaged_shard_and_names_it(in_many_shards):
+    whole = Corpus.open(in_many_shards, "train")
+    file = sorted(in_many_shards.glob("train-*.parquet"))[3]
+    flip(file, 50)
+    (in_many_shards / ".arrow" / f"{file.stem}.arrow").unlink()
+    corpus = Corpus.open(in_many_shards, "train", checked=True)
+    assert list(corpus.damaged) == [file.name] and "checksum mismatch" in corpus.damaged[file.name]
+    assert 0.95 * len(whole) <= len(corpus) < len(whole)
+    assert set(corpus.ids()) < set(whole.ids())
+
+
+def test_a_corpus_with_too_much_damage_is_refused(in_many_shards):
+    for file in sorted(in_many_shards.glob("train-*.parquet"))[:5]:
+        file.unlink()
+    with pytest.raises(InputError, match=r"5 damaged shards hold \d+% of [\s\S]*train-00000-00000.parquet"):
+        Corpus.open(in_many_shards, "train", checked=True)
+
+
 def test_a_missing_corpus_names_the_command_that_builds_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"moiety data build qm9 --profile tiny$"):

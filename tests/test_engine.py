@@ -22,7 +22,7 @@ from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
 from moiety.testing import launched
-from moiety.testing.launched import Launched, largest_difference, read_log, repeatable
+from moiety.testing.launched import Forked, Launched, gone, largest_difference, read_log, repeatable
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.export import check_export
 from moiety.training.loop import learning_rate
@@ -33,11 +33,16 @@ TRAIN = ROOT / "pretrain/train.py"
 CONFIGS = ROOT / "pretrain/configs"
 SAMPLES = ", ".join(f"{{path: {ROOT}/tests/data/corpora/{n}}}" for n in ("qm9", "crystals", "proteins", "ccd"))
 SMALL = [f"data.sources=[{SAMPLES}]", "node_budget=300", "edge_budget=9000", "micro_batches=4", "log_every=1"]
-SHORT = [*SMALL, "steps=7", "warmup_steps=3", "checkpoint_every=2"]
+SHAPE = ["hidden_size=16", "num_layers=2", "num_heads=2", "edge_channels=8"]
+SHORT = [*SMALL, *SHAPE, "steps=7", "warmup_steps=3", "checkpoint_every=2"]
 
 
-def start(out: Path, *arguments: str, ranks: int = 1, config: str = "tiny") -> Launched:
-    return Launched(TRAIN, ["--config", CONFIGS / f"{config}.yaml", *arguments], out, ranks)
+def start(out: Path, *arguments: str, ranks: int = 1) -> Forked:
+    return Forked(TRAIN, ["--config", CONFIGS / "tiny.yaml", *arguments], out, ranks)
+
+
+def launch(out: Path, *arguments: str, launcher: str = "deepspeed") -> Launched:
+    return Launched(TRAIN, ["--config", CONFIGS / "tiny.yaml", *arguments], out, 2, launcher)
 
 
 def train(out: Path, *arguments: str, ranks: int = 1, config: str = "tiny") -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ def test_a_killed_run_goes_on_bit_by_bit(alone: Path, tmp_path: Path):
 def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(alone: Path, tmp_path: Path, number: int, code: int):
     run = start(tmp_path / "run", *SHORT, "checkpoint_every=100")
     run.until_logged(1)
-    os.kill(run.process.pid, number)
+    run.ranks()[0].send_signal(number)
     assert run.wait() == code, run.output
     saved = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
     assert len(saved) == 1 and int(saved[0].removeprefix("step_")) < 7
@@ -97,14 +102,34 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(alone: Path, tmp_path: 
 
 
 def test_one_rank_that_is_asked_to_stop_stops_both(tmp_path: Path):
-    run = start(tmp_path / "run", *SMALL, "steps=300", "ds=zero2", ranks=2)
+    run = launch(tmp_path / "run", *SHORT, "steps=3000", "ds=zero2")
     run.until_logged(2)
     ranks = run.ranks()
     ranks[1].send_signal(signal.SIGUSR1)
     assert run.wait() == 75, run.output
-    assert not any(process.is_running() for process in ranks.values())
+    assert gone(ranks.values())
     steps = [int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").glob("step_*")]
-    assert len(steps) == 1 and steps[0] < 300
+    assert 0 < max(steps) < 3000
+
+
+@pytest.mark.slow  # the launcher waits half a minute for a stopped process
+def test_a_rank_that_answers_no_more_is_named_and_the_run_ends(tmp_path: Path):
+    run = launch(tmp_path / "run", *SHORT, "steps=3000", "hang_timeout_s=3")
+    run.until_logged(2)
+    ranks = run.ranks()
+    ranks[1].suspend()
+    assert run.wait() == 70, run.output
+    assert f"rank 1 does not answer: process {ranks[1].pid}" in run.output and "is stopped" in run.output
+    assert gone(ranks.values())
+
+
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path):
+    run = launch(tmp_path / "run", *SHORT, "steps=3000", "checkpoint_every=3000")
+    run.until_logged(2)
+    ranks = run.ranks()
+    run.process.kill()  # the front alone; its children know nothing of it
+    assert gone(ranks.values()) and "the launcher is gone" in run.output
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*/manifest.json"))) == 1
 
 
 def test_a_run_walks_over_processes_and_zero_stages(alone: Path, tmp_path: Path):
@@ -172,17 +197,17 @@ def test_a_changed_export_is_noticed(alone: Path, tmp_path: Path):
         check_export(folder)
 
 
-def test_the_small_configuration_trains_two_steps(tmp_path: Path):
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_a_configuration_trains_two_steps(tmp_path: Path, name: str):
     little = [f"data.sources=[{SAMPLES.split(', ')[0]}]", "node_budget=100", "micro_batches=2", "steps=2"]
     options = ["precision=bf16", "checkpoint_activations=true"]
-    records = train(tmp_path / "run", *SMALL, *little, *options, config="small")
+    records = train(tmp_path / "run", *SMALL, *little, *options, config=name)
     assert [r["step"] for r in records] == [1, 2] and records[-1]["skipped_steps"] == 0
 
 
 @pytest.mark.slow
 def test_two_compiled_ranks_train_as_plain_ones(tmp_path: Path):
-    shape = ["hidden_size=16", "num_layers=2", "num_heads=2", "edge_channels=8", "global_every=0"]
-    options = [*SMALL, f"data.sources=[{SAMPLES.split(', ')[0]}]", *shape, "steps=3", "ds=zero2"]
+    options = [*SMALL, f"data.sources=[{SAMPLES.split(', ')[0]}]", *SHAPE, "global_every=0", "steps=3", "ds=zero2"]
     plain = train(tmp_path / "plain", *options, ranks=2)
     compiled = train(tmp_path / "compiled", *options, "compile=true", ranks=2)
     assert largest_difference(plain, compiled) < 1e-5

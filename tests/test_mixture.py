@@ -35,7 +35,7 @@ def made_up_corpora(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     class Opener:
-        open = staticmethod(lambda path, split: Sized(**vars(open_made_up(path, split))))
+        open = staticmethod(lambda path, split, checked: Sized(**vars(open_made_up(path, split))))
 
     monkeypatch.setattr(mixture_module, "Corpus", Opener)
 

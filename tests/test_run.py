@@ -22,7 +22,7 @@ from transformers import AutoModel
 from moiety.errors import InputError
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.objectives import build_objectives
-from moiety.testing.launched import LAUNCHER_VARIABLES, read_log, repeatable
+from moiety.testing.launched import RANK_VARIABLES, read_log, repeatable
 from moiety.training import checkpoint, loop
 from moiety.training.checkpoint import Damaged, SaveFailed, complete, verify
 from moiety.training.config import PretrainConfig, load_config
@@ -39,7 +39,7 @@ TINY = ["hidden_size=16", "edge_channels=8", "num_layers=1", "global_every=0"]
 
 @pytest.fixture(scope="module", autouse=True)
 def group_of_one() -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,6 +2,8 @@
 
 A shard is written once, hashed, and never touched again; a corpus appears under its name only when it is complete.
 Opening caches each shard as uncompressed Arrow (`.arrow/`), so that reading a structure is a slice of a mapped file.
+Training opens it `checked`: a cache that is not what was written is made anew, a shard whose Parquet is damaged as well
+is left out and named.
 """
 # Shapes: n structures in the corpus, N nodes of one structure.
 
@@ -14,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +33,7 @@ from moiety.data.validate import Verdict
 from moiety.errors import InputError
 
 MANIFEST = "manifest.json"
+MOST_DAMAGED = 0.05  # share of the structures that may be left out
 
 
 def write_corpus(
@@ -98,6 +102,7 @@ class Corpus:
     """A corpus on disk, or one split of it. Cheap to open and to index, safe to share between processes."""
 
     def __init__(self, path: Path, manifest: dict[str, Any], split: str | None, shards: list[Shard]) -> None:
+        self.damaged: dict[str, str] = {}  # file of a shard that was left out -> what is wrong with it
         self.path = path
         self.manifest = manifest
         self.split = split
@@ -105,15 +110,17 @@ class Corpus:
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
 
     @classmethod
-    def open(cls, path: str | Path, split: str | None = None) -> Corpus:
+    def open(cls, path: str | Path, split: str | None = None, checked: bool = False) -> Corpus:
         """Opens a corpus directory.
 
         Args:
             path: the directory that `write_corpus` made.
             split: "train", "val", "test" or whatever the corpus was built with; None opens everything.
+            checked: hash what will be read, and do without damaged shards where they are few: see `damaged`.
 
         Raises:
-            InputError: no such corpus or split, or a shard whose checksum is not the manifest's (it is named).
+            InputError: no such corpus or split; a shard whose checksum is not the manifest's (it is named), or more of
+                them than a checked corpus can do without.
         """
         path = Path(path)
         manifest = read_manifest(path)
@@ -122,7 +129,23 @@ class Corpus:
         if split is not None and split not in manifest["splits"]:
             raise InputError(f"{path}: no split {split!r}; it has {', '.join(sorted(manifest['splits']))}")
         entries = [entry for entry in manifest["shards"] if split in (None, entry["split"])]
-        return cls(path, manifest, split, [Shard(mapped(path, entry)) for entry in entries])
+        if not checked:
+            return cls(path, manifest, split, [Shard(mapped(path, entry)) for entry in entries])
+        with ThreadPoolExecutor() as pool:
+            tables = list(pool.map(lambda entry: _table_or_problem(path, entry), entries))
+        corpus = cls(path, manifest, split, [Shard(table) for table in tables if isinstance(table, pa.Table)])
+        corpus._leave_out({e["file"]: (e, t) for e, t in zip(entries, tables, strict=True) if isinstance(t, str)})
+        return corpus
+
+    def _leave_out(self, problems: dict[str, tuple[dict[str, Any], str]]) -> None:
+        """Notes the damaged shards; InputError where they are too many."""
+        self.damaged = {name: problem for name, (_, problem) in problems.items()}
+        lost = sum(entry["structures"] for entry, _ in problems.values())
+        if lost > MOST_DAMAGED * (lost + len(self)):
+            raise InputError(
+                f"{self.path}: {len(problems)} damaged shards hold {lost / (lost + len(self)):.0%} of the structures:"
+                + "".join(f"\n  {problem}" for problem in self.damaged.values())
+            )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -283,13 +306,17 @@ def _verify_shard(path: Path, entry: dict[str, Any]) -> None:
         raise InputError(f"{shard}: checksum mismatch, the file is damaged or was changed; build the corpus again")
 
 
-def mapped(path: Path, entry: dict[str, Any]) -> pa.Table:
-    """The shard as memory-mapped Arrow, made from the verified Parquet when it is new or has been touched."""
+def mapped(path: Path, entry: dict[str, Any], checked: bool = False) -> pa.Table:
+    """The shard as memory-mapped Arrow, made from the verified Parquet when it is new or has been touched.
+
+    With `checked` also when the Arrow is not what was written.
+    """
     shard = path / entry["file"]
     mtime = shard.stat().st_mtime_ns if shard.exists() else 0
     stamp = f"{entry['sha256']} {mtime}".encode()
     cached = _cache_folder(path) / f"{shard.stem}.arrow"
-    if cached.exists():
+    seal = cached.with_suffix(".sha256")
+    if cached.exists() and (not checked or (seal.exists() and seal.read_text() == sha256(cached))):
         table = _open_arrow(cached)
         if (table.schema.metadata or {}).get(b"shard") == stamp:
             return table
@@ -299,8 +326,18 @@ def mapped(path: Path, entry: dict[str, Any]) -> pa.Table:
     aside = cached.with_suffix(f".{os.getpid()}")  # several ranks may open a new corpus at once
     with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
         file.write_table(table)
+    aside_seal = aside.with_suffix(f"{aside.suffix}.sha256")
+    aside_seal.write_text(sha256(aside))
     aside.replace(cached)
+    aside_seal.replace(seal)
     return _open_arrow(cached)
+
+
+def _table_or_problem(path: Path, entry: dict[str, Any]) -> pa.Table | str:
+    try:
+        return mapped(path, entry, checked=True)
+    except InputError as error:
+        return str(error)
 
 
 def _cache_folder(path: Path) -> Path:

@@ -1,45 +1,100 @@
-"""Training as users launch it, in processes of its own, for tests that kill, stop and compare runs."""
+"""Training in processes of its own, for tests and campaigns that kill, stop and compare runs.
+
+`Launched` is what users do: a script under plain python or a launcher. Half of its time goes by in imports, so `Forked`
+starts the same script in processes that have them already.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+from moiety.training.watchdog import alive
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+PRELOADED = ("deepspeed", "transformers.modeling_utils", "moiety.training.export", "moiety.training.loop", "ase")
 REPEATABLE = ("step", "loss", "losses", "grad_norm", "lr", "skipped_steps", "samples")  # bit by bit after a resume
 PATIENCE = 240.0  # s that anything may take
+GRACE = 10.0  # s that forked ranks have to notice that another one is gone
 
 Record = dict[str, Any]
 
 
-class Launched:
-    """A training script under plain python, or under the deepspeed launcher on several ranks."""
+class Started:
+    """A run under way; how it was started is for subclasses."""
 
-    def __init__(self, script: Path, arguments: Sequence[object], out: Path, ranks: int = 1) -> None:
-        """Starts `script ARGUMENTS --out OUT` in a process group of its own."""
+    def __init__(self, out: Path) -> None:
         self.out = out
-        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        env |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-        launcher = [
-            Path(sys.executable).with_name("deepspeed"),
-            "--num_accelerators",
-            ranks,
-            "--master_port",
-            free_port(),
-        ]
-        command = [*(launcher if ranks > 1 else [sys.executable]), script, *arguments, "--out", out]
-        out.parent.mkdir(parents=True, exist_ok=True)
         self.output_path = out.parent / f"{out.name}.output"
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def output(self) -> str:
+        """What it said on stdout and stderr."""
+        return self.output_path.read_text()
+
+    def exit_code(self) -> int | None:
+        """None while it runs; signals are negative."""
+        raise NotImplementedError
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The training processes by local rank."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """SIGKILL to all of it."""
+        raise NotImplementedError
+
+    def wait(self) -> int:
+        """Its exit code; a run that does not end is killed, and that is an error."""
+        deadline = time.monotonic() + PATIENCE
+        while (code := self.exit_code()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"{self.out} did not end:\n{self.output[-4000:]}")
+            time.sleep(0.02)
+        return code
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        """Waits for something to happen while the run goes on."""
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            if self.exit_code() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{self.out} ended or hangs before it happened:\n{self.output[-4000:]}")
+            time.sleep(0.005)
+
+    def until_logged(self, lines: int) -> None:
+        log = self.out / "log.jsonl"
+        self.until(lambda: log.exists() and log.read_bytes().count(b"\n") >= lines)
+
+
+class Launched(Started):
+    """`script ARGUMENTS --out OUT` under plain python, or on several ranks under torchrun or deepspeed."""
+
+    def __init__(
+        self, script: Path, arguments: Sequence[object], out: Path, ranks: int = 1, launcher: str = "deepspeed"
+    ) -> None:
+        super().__init__(out)
+        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | SETTINGS
+        options = {
+            "torchrun": ["--nproc-per-node", ranks, "--master-port", free_port()],
+            "deepspeed": ["--num_accelerators", ranks, "--master_port", free_port()],
+        }
+        launch = [Path(sys.executable).with_name(launcher), *options[launcher]] if ranks > 1 else [sys.executable]
+        command = [*launch, script, *arguments, "--out", out]
         with self.output_path.open("w") as output:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
@@ -49,33 +104,10 @@ class Launched:
                 start_new_session=True,
             )
 
-    @property
-    def output(self) -> str:
-        """What it said on stdout and stderr."""
-        return self.output_path.read_text()
-
-    def wait(self) -> int:
-        """Its exit code; a process that does not end is killed with its group, and that is an error."""
-        try:
-            return self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise TimeoutError(f"{self.out} did not end:\n{self.output[-4000:]}") from None
-
-    def until(self, happened: Callable[[], bool]) -> None:
-        """Waits for something to happen while the run goes on."""
-        deadline = time.monotonic() + PATIENCE
-        while not happened():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{self.out} ended or hangs before it happened:\n{self.output[-4000:]}")
-            time.sleep(0.01)
-
-    def until_logged(self, lines: int) -> None:
-        log = self.out / "log.jsonl"
-        self.until(lambda: log.exists() and log.read_bytes().count(b"\n") >= lines)
+    def exit_code(self) -> int | None:
+        return self.process.poll()
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The training processes by local rank, once the launcher has started them."""
         found = {}
         for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
             try:
@@ -88,17 +120,83 @@ class Launched:
         return found
 
     def kill(self) -> None:
-        """SIGKILL to everything it started."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
+class Forked(Started):
+    """`script ARGUMENTS --out OUT` in processes that are forked off one with everything imported."""
+
+    def __init__(self, script: Path, arguments: Sequence[object], out: Path, ranks: int = 1) -> None:
+        super().__init__(out)
+        self.output_path.write_text("")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))  # counts when the first one starts
+        argv = [str(part) for part in (script, *arguments, "--out", out)]
+        port = str(free_port())
+        before = dict(os.environ)
+        os.environ.update(SETTINGS)  # which the server of forks starts with
+        self.processes = []
+        try:
+            for rank in range(ranks):
+                variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+                process = context.Process(target=_run_script, args=(argv, variables, self.output_path))
+                process.start()
+                self.processes.append(process)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        self._first_death = 0.0
+
+    def exit_code(self) -> int | None:
+        """As a launcher does: the first rank that fails ends all."""
+        codes = [process.exitcode for process in self.processes]
+        failed = [code for code in codes if code]
+        if failed and None in codes:
+            self._first_death = self._first_death or time.monotonic()
+            if time.monotonic() - self._first_death > GRACE:
+                self.kill()
+            return None
+        return failed[0] if failed else None if None in codes else 0
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        return {rank: psutil.Process(process.pid) for rank, process in enumerate(self.processes)}
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def _run_script(argv: list[str], variables: dict[str, str], output_path: Path) -> None:
+    """What a forked process does: the script, with its output in a file and its mistakes as exit codes."""
+    os.environ.update(variables)
+    output = os.open(output_path, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
 def train(script: Path, arguments: Sequence[object], out: Path, ranks: int = 1) -> list[Record]:
     """Runs to the end and returns the log."""
-    run = Launched(script, arguments, out, ranks)
+    run = Forked(script, arguments, out, ranks)
     code = run.wait()
     assert code == 0, f"exit code {code}:\n{run.output[-4000:]}"
     return read_log(out)
+
+
+def gone(processes: Iterable[psutil.Process], within: float = 60.0) -> bool:
+    """Whether processes end in time; what is left of one that nobody waited for does not count."""
+    processes = list(processes)
+    deadline = time.monotonic() + within
+    while any(alive(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def read_log(out: Path) -> list[Record]:

@@ -74,12 +74,13 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    hang_timeout_s: float = 900  # without progress before a run ends itself and says who is stuck, s
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):
             raise InputError(f"training.precision is {self.precision!r}; fp32 and bf16 are built")
-        for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every"):
+        for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "hang_timeout_s"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
 

@@ -5,6 +5,7 @@ The same code runs under `deepspeed`, `torchrun` and plain `python`, which is a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -107,6 +108,17 @@ def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: Trainin
         warnings.simplefilter("ignore")  # about CUDA features, on machines without CUDA
         engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
     return engine
+
+
+def refuse_disagreement(what: str, facts: Any, device: torch.device) -> None:
+    """InputError where the ranks do not all see the same; every process calls it."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    own = torch.tensor(list(digest), dtype=torch.int64, device=device)
+    least, most = own.clone(), own.clone()
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise InputError(f"the {what} that the ranks see differ; do all machines mount the same files?")
 
 
 def refuse_zero3_forces(model: nn.Module, settings: dict[str, Any], name: str) -> None:

@@ -21,10 +21,11 @@ from moiety.objectives import Objective
 from moiety.tokens.batch import Batch, collate, with_neighbors
 from moiety.training.compiled import compile_model
 from moiety.training.config import OptimizerConfig, TrainingConfig
-from moiety.training.engine import WeightAverage, apply_step, set_lr, start_engine
+from moiety.training.engine import WeightAverage, apply_step, refuse_disagreement, set_lr, start_engine
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 from moiety.training.signals import StopSignals
+from moiety.training.watchdog import Watchdog
 from moiety.training.window import StepSums, Window
 
 MAX_SKIPPED_IN_A_ROW = 20
@@ -50,37 +51,31 @@ def fit(
     """
     per_step = mixture.config.micro_batches
     run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
+    for problem in mixture.damaged.values():
+        run.progress.note(f"left out: {problem}")
     if training.checkpoint_activations:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     if training.compile:
         run.progress.note("compiling: the first step takes minutes")
         compile_model(model)
     engine = run.engine = start_engine(model, optimizer, training, per_step)
+    refuse_disagreement("corpora", mixture.facts, engine.device)
     average = WeightAverage(engine, optimizer.ema)
-    state = run.resume(engine, average, mixture.facts) or start_state(mixture)
-    window = Window(objectives, state["window"])
-    started = time.perf_counter() - state["elapsed_s"]
-    engine.train()
+    with StopSignals() as stop, Watchdog(run.path, run.rank, run.world_size, training.hang_timeout_s) as watchdog:
+        state: dict[str, Any] = run.resume(engine, average, mixture.facts) or start_state()
+        state["mixture"] = mixture.facts
+        window = Window(objectives, watchdog.beat, state["window"])
+        started = time.perf_counter() - state["elapsed_s"]
+        engine.train()
 
-    with StopSignals() as stop:
         for step in range(state["step"], training.steps):
             first = step * per_step
             mine = range(first + run.rank, first + per_step, run.world_size)
-            batches = [prepare(mixture, number, objectives, engine, training.seed, window) for number in mine]
-            scored_O = count_scored(objectives, batches)
-            sums = StepSums(len(objectives), per_step, engine.device)
+            batches = {number: prepare(mixture, number, objectives, engine, training.seed, window) for number in mine}
             lr = learning_rate(step, training.steps, optimizer)
             set_lr(engine, lr)
-            for number, batch in zip(mine, batches, strict=True):
-                torch.manual_seed(own_seed(training.seed, number))
-                with window.timed("forward"):
-                    output = engine(**batch.inputs())
-                    loss = step_loss(objectives, output, batch, scored_O, sums)
-                    sums.not_finite_m[number - first] = ~torch.isfinite(loss.detach())
-                with window.timed("backward"):
-                    engine.backward(loss * run.world_size, scale_wrt_gas=False)  # DeepSpeed averages over the ranks
-                with window.timed("step"):
-                    applied, grad_norm = apply_step(engine, optimizer.grad_clip)  # updates after the last one
+            sums = StepSums(len(objectives), first, per_step, engine.device)
+            applied, grad_norm = update_weights(engine, batches, objectives, optimizer, training.seed, sums, window)
             with window.timed("step"):
                 sums.stop += stop.asked
                 distributed.all_reduce(sums.flat)
@@ -95,20 +90,44 @@ def fit(
             last, stopping = step + 1 == training.steps, bool(sums.stop > 0)
             if last or (step + 1) % training.log_every == 0:
                 run.log(window.record(state, lr, run.failed_saves), training.steps)
-                window = Window(objectives)
+                window = Window(objectives, watchdog.beat)
             if last or stopping or (step + 1) % training.checkpoint_every == 0:
                 with window.timed("save"):
                     run.save(engine, average, state | {"window": window.state()}, training.keep_checkpoints)
             if stopping and not last:
                 run.stop(stop.exit_code)
-    run.finish()
+        run.finish()
 
 
-def start_state(mixture: Mixture) -> dict[str, Any]:
+def update_weights(
+    engine: Any,
+    batches: Mapping[int, Batch],
+    objectives: Sequence[Objective],
+    optimizer: OptimizerConfig,
+    seed: int,
+    sums: StepSums,
+    window: Window,
+) -> tuple[bool, float]:
+    """One optimizer step from this rank's micro-batches, by number; returns what `apply_step` does at its end."""
+    scored_O = count_scored(objectives, list(batches.values()))
+    applied, grad_norm = False, 0.0
+    for number, batch in batches.items():
+        torch.manual_seed(own_seed(seed, number))
+        with window.timed("forward"):
+            output = engine(**batch.inputs())
+            loss = step_loss(objectives, output, batch, scored_O, sums)
+            sums.add_loss(number, loss)
+        with window.timed("backward"):
+            engine.backward(loss * distributed.get_world_size(), scale_wrt_gas=False)  # DeepSpeed averages over ranks
+        with window.timed("step"):
+            applied, grad_norm = apply_step(engine, optimizer.grad_clip)  # updates after the last one
+    return applied, grad_norm
+
+
+def start_state() -> dict[str, Any]:
     """What a checkpoint keeps besides weights and optimizer, before the first step."""
     return {
         "step": 0,
-        "mixture": mixture.facts,
         "samples": "",  # running digest of the structures seen
         "skipped_steps": 0,
         "skipped_in_a_row": 0,
@@ -184,11 +203,9 @@ def count_skipped(run: Run, state: dict[str, Any], applied: bool, mixture: Mixtu
         return
     state["skipped_steps"] += 1
     state["skipped_in_a_row"] += 1
-    first = (state["step"] - 1) * mixture.config.micro_batches
-    bad = [first + int(m) for m in sums.not_finite_m.nonzero()]  # none: every loss is finite, their gradient is not
+    bad = sums.not_finite  # none: every loss is finite, their gradient is not
     if run.rank == 0:
-        numbers = bad or range(first, first + mixture.config.micro_batches)
-        ids = {number: [s.id for s in mixture.read(mixture.micro_batch(number))] for number in numbers}
+        ids = {number: [s.id for s in mixture.read(mixture.micro_batch(number))] for number in bad or sums.numbers}
         run.log_skipped({"step": state["step"], "not_finite": "loss" if bad else "gradient", "micro_batches": ids})
     if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
         raise FloatingPointError(f"{run.path}: {MAX_SKIPPED_IN_A_ROW} steps in a row not finite, last {state['step']}")

@@ -163,7 +163,7 @@ class Mixture:
 
     @classmethod
     def open(cls, config: DataConfig) -> Mixture:
-        """Opens every corpus.
+        """Opens every corpus; what is damaged in one is left out and stands in its `damaged`.
 
         Raises:
             InputError: no source, a missing corpus (with the command that builds it), an empty split, a structure
@@ -173,7 +173,7 @@ class Mixture:
             raise InputError("data.sources is empty; name at least one corpus")
         sources = []
         for number, source in enumerate(config.sources):
-            corpus = Corpus.open(source.path, split=config.split)
+            corpus = Corpus.open(source.path, split=config.split, checked=True)
             if len(corpus) == 0:
                 raise InputError(f"{source.path}: no structure in split {config.split!r}")
             sources.append(Source(corpus, Path(source.path).name, config, number))
@@ -207,7 +207,16 @@ class Mixture:
         ]
         facts = asdict(self.config) | {"sources": sources, "order": [ORDER_VERSION, WINDOW, SIZE_JITTER]}
         del facts["temperature"]  # what it does stands in the shares
-        return facts
+        return facts | {"damaged": self.damaged}
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """Shards that were left out, and why."""
+        return {
+            f"{source.name}/{file}": problem
+            for source in self.sources
+            for file, problem in getattr(source.corpus, "damaged", {}).items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """Corpus name -> domain, structures, nodes, shares of the micro-batches and of the structures."""

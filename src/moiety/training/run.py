@@ -43,7 +43,7 @@ from moiety.training.progress import Progress
 from moiety.training.snapshot import restore, take_snapshot
 
 NONE, ALL_DAMAGED = -1, -2  # in the place of a step
-FREE_TO_CHANGE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "path", "ds"}
+FREE_TO_CHANGE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "path", "ds", "hang_timeout_s"}
 
 
 class Run:
@@ -206,7 +206,10 @@ class Run:
             return None
         folder = self.checkpoints / step_name(int(step))
         manifest = read_manifest(folder)
-        if changed := differences(manifest["state"]["mixture"], mixture):
+        changed = differences(manifest["state"]["mixture"], mixture)
+        for key in [key for key in changed if key.startswith("damaged")]:
+            self.progress.note(f"{key}: {changed.pop(key)[1]}; from here on the structures come in another order")
+        if changed:
             lines = "".join(f"\n  {key}: {old} -> {new}" for key, (old, new) in changed.items())
             raise InputError(f"{folder}: other structures, or another order:{lines}\nrestore the corpora, or --fresh")
         restore(engine, average, folder, manifest)

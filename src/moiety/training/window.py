@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,23 @@ PHASES: tuple[str, ...] = ("data", "neighbours", "forward", "backward", "step", 
 class StepSums:
     """One step's sums on this rank, in one tensor so that one all_reduce makes them global."""
 
-    def __init__(self, num_objectives: int, micro_batches: int, device: torch.device) -> None:
+    def __init__(self, num_objectives: int, first: int, micro_batches: int, device: torch.device) -> None:
+        """`first` is the number of the step's first micro-batch, over all ranks."""
         num_terms = len(DOMAINS) * num_objectives * 2
+        self.numbers = range(first, first + micro_batches)
         self.flat = torch.zeros(num_terms + 2 + micro_batches + 1, dtype=torch.float64, device=device)
         self.logged = self.flat[: num_terms + 2]  # terms, structures, nodes
-        self.not_finite_m = self.flat[num_terms + 2 : -1]  # 1 for a micro-batch of the step whose loss is not finite
         self.stop = self.flat[-1]  # ranks that were asked to stop
+        self._not_finite_m = self.flat[num_terms + 2 : -1]
         self._terms_DO2 = self.flat[:num_terms].view(len(DOMAINS), num_objectives, 2)  # sum of loss, sum of weight
+
+    @property
+    def not_finite(self) -> list[int]:
+        """Numbers of the micro-batches whose loss is not finite."""
+        return [self.numbers[m] for m in self._not_finite_m.nonzero().flatten().tolist()]
+
+    def add_loss(self, number: int, loss: Tensor) -> None:
+        self._not_finite_m[number - self.numbers.start] = ~torch.isfinite(loss.detach())
 
     def add_batch(self, batch: Batch) -> None:
         self.logged[-2] += batch.num_structures
@@ -41,7 +51,11 @@ class StepSums:
 class Window:
     """Sums over the steps since the last record. Losses are global; times are rank 0's own."""
 
-    def __init__(self, objectives: Sequence[Objective], state: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, objectives: Sequence[Objective], beat: Callable[[str], None], state: dict[str, Any] | None = None
+    ) -> None:
+        """`beat` is told of every phase that begins; `state` is what an earlier process had of this window."""
+        self._beat = beat
         self._objectives = objectives
         num_sums = len(DOMAINS) * len(objectives) * 2 + 2
         self._sums = torch.tensor(state["sums"] if state else [0.0] * num_sums, dtype=torch.float64)
@@ -55,6 +69,7 @@ class Window:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Adds the block's wall time to a phase. On a GPU kernels run on behind it; read the shares as the host's."""
+        self._beat(phase)
         start = time.perf_counter()
         try:
             yield
