@@ -102,7 +102,7 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(alone: Path, tmp_path: 
 
 
 def test_one_rank_that_is_asked_to_stop_stops_both(tmp_path: Path):
-    run = launch(tmp_path / "run", *SHORT, "steps=3000", "ds=zero2")
+    run = start(tmp_path / "run", *SHORT, "steps=3000", "ds=zero2", ranks=2)
     run.until_logged(2)
     ranks = run.ranks()
     ranks[1].send_signal(signal.SIGUSR1)
@@ -123,8 +123,9 @@ def test_a_rank_that_answers_no_more_is_named_and_the_run_ends(tmp_path: Path):
     assert gone(ranks.values())
 
 
-def test_ranks_do_not_outlive_their_launcher(tmp_path: Path):
-    run = launch(tmp_path / "run", *SHORT, "steps=3000", "checkpoint_every=3000")
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path, launcher: str):
+    run = launch(tmp_path / "run", *SHORT, "steps=3000", "checkpoint_every=3000", launcher=launcher)
     run.until_logged(2)
     ranks = run.ranks()
     run.process.kill()  # the front alone; its children know nothing of it

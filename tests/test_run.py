@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from moiety.testing.launched import RANK_VARIABLES, read_log, repeatable
 from moiety.training import checkpoint, loop
 from moiety.training.checkpoint import Damaged, SaveFailed, complete, verify
 from moiety.training.config import PretrainConfig, load_config
+from moiety.training.engine import cure_stale_locks
 from moiety.training.loop import fit
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
@@ -65,9 +67,10 @@ def fit_here(out: Path, *overrides: str, objectives: list[Any] | None = None, fr
 
 
 class Poisoned:
-    """Coordinate denoising whose loss is infinite in some calls."""
+    """Coordinate denoising whose loss is infinite, or too large by a factor, in some calls."""
 
-    def __init__(self, bad_calls: set[int]) -> None:
+    def __init__(self, bad_calls: set[int], factor: float = torch.inf) -> None:
+        self.factor = factor
         self.inner = objective = build_objectives({"coordinates": {}})[0]
         self.bad_calls, self.calls = bad_calls, 0
         self.name, self.weight, self.scored, self.corrupt = (
@@ -79,7 +82,7 @@ class Poisoned:
 
     def loss_sum(self, output: Any, batch: Any) -> Tensor:
         self.calls += 1
-        return self.inner.loss_sum(output, batch) * (torch.inf if self.calls - 1 in self.bad_calls else 1)
+        return self.inner.loss_sum(output, batch) * (self.factor if self.calls - 1 in self.bad_calls else 1)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -88,10 +91,25 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, stage: int):
     run = fit_here(tmp_path, "steps=2", "ema=0", f"ds=zero{stage}", objectives=objectives)
     weights = {name: p.detach().clone() for name, p in run.engine.module.named_parameters()}
     assert read_log(tmp_path)[-1]["skipped_steps"] == 1
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert event["step"] == 2 and event["what"] == "loss not finite, skipped on all ranks"
+    assert list(event["micro_batches"]) == ["2"] and all(event["micro_batches"]["2"])
     clean = fit_here(tmp_path / "clean", "steps=1", "ema=0", f"ds=zero{stage}", objectives=[objectives[0].inner])
     assert read_log(tmp_path)[0]["loss"] == read_log(tmp_path / "clean")[0]["loss"]
     for name, parameter in clean.engine.module.named_parameters():
         assert torch.isfinite(weights[name]).all() and (parameter - weights[name]).abs().max() < 2.1e-3, name
+
+
+def test_a_loss_spike_is_told_with_its_structures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("moiety.training.spikes.FEWEST", 4)
+    objectives = [Poisoned(bad_calls={14}, factor=1000)]
+    fit_here(tmp_path, "steps=9", objectives=objectives)
+    assert [record["loss_spikes"] for record in read_log(tmp_path)] == [0] * 7 + [1] * 2
+    event = json.loads((tmp_path / "events.jsonl").read_text())
+    assert event["step"] == 8 and list(event["micro_batches"]) == ["14", "15"]
+    assert "step 8: loss" in capsys.readouterr().err
 
 
 def test_training_gives_up_after_too_many_steps_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -314,3 +332,46 @@ def test_a_checkpoint_of_other_structures_is_refused_with_the_difference(two_ste
     sources = SAMPLES.replace(f"{ROOT}/tests/data/corpora/qm9", str(other))
     with pytest.raises(InputError, match=r"other structures, or another order:\n  sources.0.fingerprint: \w+ -> \w+"):
         fit_here(out, f"data.sources=[{sources}]", "steps=2")
+
+
+def test_the_log_is_written_for_tensorboard_too(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit_here(tmp_path, "steps=2", "tensorboard=true", "checkpoint_every=1")
+    fit_here(tmp_path, "steps=3", "tensorboard=true", "checkpoint_every=1")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = {scalar.step: scalar.value for scalar in events.Scalars("losses/crystal/cell")}
+    logged = {r["step"]: r["losses"]["crystal"]["cell"] for r in read_log(tmp_path) if "crystal" in r["losses"]}
+    assert found == pytest.approx(logged) and "time/data" in events.Tags()["scalars"]
+
+
+# Compilations
+
+
+def locked(cache: Path, age: float) -> Path:
+    """A lock in the folder of an extension, `age` s after the last change there."""
+    folder = cache / "py311_cpu/fused_adam"
+    folder.mkdir(parents=True)
+    for path in (folder / "main.cpp", folder / "lock"):
+        path.touch()
+        os.utime(path, (time.time() - age, time.time() - age))
+    return folder / "lock"
+
+
+def test_the_lock_of_a_killed_build_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lock = locked(tmp_path, age=7200)
+    cure_stale_locks(tmp_path)
+    assert not lock.exists() and "left by a build that was killed 2.0 h ago; removed" in capsys.readouterr().err
+
+
+def test_the_lock_of_a_build_that_goes_on_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    lock = locked(tmp_path, age=5)
+    cure_stale_locks(tmp_path)
+    assert lock.exists() and "a build is going on" in capsys.readouterr().err
+    silent = locked(tmp_path / "other", age=7200)
+    monkeypatch.chdir(silent.parent)  # as a compiler would stand there
+    cure_stale_locks(tmp_path / "other")
+    assert silent.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import io
@@ -71,6 +72,7 @@ def test_texts_come_back_as_they_went_in_and_their_columns_are_mapped(tmp_path: 
         text = found[f"notes.jsonl/{index}"]
         assert (text.text, text.key, text.value, text.kind) == (*line.values(), "caption")
         assert text.corpus is None and text.structure is None and text.prompt == ""
+    gc.collect()
     before = pa.total_allocated_bytes()
     again = TextCorpus.open(tmp_path / "out")
     assert again.table["text"].nbytes > 100 and pa.total_allocated_bytes() == before

@@ -74,6 +74,7 @@ class TrainingConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    tensorboard: bool = False  # the log also as TensorBoard events, in the run's folder
     hang_timeout_s: float = 900  # without progress before a run ends itself and says who is stuck, s
     seed: int = 0
 

@@ -10,10 +10,13 @@ import json
 import logging
 import os
 import socket
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -21,6 +24,7 @@ from moiety.errors import InputError
 from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.fragments import master_weights
 
+STALE = 600  # s without a change in the folder of a build
 REPOSITORY = Path(__file__).parents[3]
 REMOVED_KEYS = (
     "amp",
@@ -69,7 +73,10 @@ def start_distributed() -> tuple[int, int]:
             max(1, len(os.sched_getaffinity(0)) // on_this_machine)
         )  # else every rank takes all cores
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    _warn_of_stale_locks()
+    # DeepSpeed calls these thousands of times
+    warnings.filterwarnings("ignore", message=".*_tensor. is deprecated", category=FutureWarning)
+    if os.environ["LOCAL_RANK"] == "0":
+        cure_stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")))
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -255,8 +262,21 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def _warn_of_stale_locks() -> None:
-    """A killed compilation leaves a lock on which the next one waits forever."""
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
-    for lock in cache.glob("**/lock"):
-        warnings.warn(f"{lock}: left by a killed build? If nothing is compiling now, delete it", stacklevel=2)
+def cure_stale_locks(cache: Path) -> None:
+    """Removes the locks of killed compilations, on which the next ones would wait forever and in silence.
+
+    A lock is stale when nobody on this machine works in its folder and nothing there has changed for ten minutes, so
+    that no other machine does either.
+    """
+    locks = list(cache.glob("**/lock"))
+    if not locks:
+        return
+    busy = {process.info["cwd"] for process in psutil.process_iter(["cwd"])}
+    for lock in locks:
+        quiet = time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir())
+        if str(lock.parent) in busy or quiet < STALE:
+            hint = "a build is going on; if none is, delete it, or builds of this extension wait for it"
+            print(f"{lock}: {hint}", file=sys.stderr)
+        else:
+            lock.unlink(missing_ok=True)
+            print(f"{lock}: left by a build that was killed {quiet / 3600:.1f} h ago; removed", file=sys.stderr)

@@ -25,6 +25,7 @@ from moiety.training.engine import WeightAverage, apply_step, refuse_disagreemen
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 from moiety.training.signals import StopSignals
+from moiety.training.spikes import SpikeDetector
 from moiety.training.watchdog import Watchdog
 from moiety.training.window import StepSums, Window
 
@@ -87,6 +88,7 @@ def fit(
             state["samples"] = mixture.digest(state["samples"], first, first + per_step)
             state["elapsed_s"] = time.perf_counter() - started
             count_skipped(run, state, applied, mixture, sums)
+            count_spikes(run, state, applied, mixture, sums, window.loss_of(sums))
             last, stopping = step + 1 == training.steps, bool(sums.stop > 0)
             if last or (step + 1) % training.log_every == 0:
                 run.log(window.record(state, lr, run.failed_saves), training.steps)
@@ -131,6 +133,8 @@ def start_state() -> dict[str, Any]:
         "samples": "",  # running digest of the structures seen
         "skipped_steps": 0,
         "skipped_in_a_row": 0,
+        "loss_spikes": 0,
+        "recent_losses": [],  # see SpikeDetector
         "elapsed_s": 0.0,
         "window": None,
     }
@@ -204,8 +208,25 @@ def count_skipped(run: Run, state: dict[str, Any], applied: bool, mixture: Mixtu
     state["skipped_steps"] += 1
     state["skipped_in_a_row"] += 1
     bad = sums.not_finite  # none: every loss is finite, their gradient is not
-    if run.rank == 0:
-        ids = {number: [s.id for s in mixture.read(mixture.micro_batch(number))] for number in bad or sums.numbers}
-        run.log_skipped({"step": state["step"], "not_finite": "loss" if bad else "gradient", "micro_batches": ids})
+    what = f"{'loss' if bad else 'gradient'} not finite, skipped on all ranks"
+    run.log_event(state["step"], what, lambda: structure_ids(mixture, bad or sums.numbers))
     if state["skipped_in_a_row"] == MAX_SKIPPED_IN_A_ROW:
         raise FloatingPointError(f"{run.path}: {MAX_SKIPPED_IN_A_ROW} steps in a row not finite, last {state['step']}")
+
+
+def count_spikes(run: Run, state: dict[str, Any], applied: bool, mixture: Mixture, sums: StepSums, loss: float) -> None:
+    """Counts a step whose loss stands far above those before it, and logs its structures."""
+    if not applied:
+        return
+    detector = SpikeDetector(state["recent_losses"])
+    median = detector.add(loss)
+    state["recent_losses"] = detector.losses
+    if median is not None:
+        state["loss_spikes"] += 1
+        what = f"loss {loss:.4g} is far above the last steps' ({median:.4g})"
+        run.log_event(state["step"], what, lambda: structure_ids(mixture, sums.numbers))
+
+
+def structure_ids(mixture: Mixture, numbers: Sequence[int]) -> dict[int, list[str]]:
+    """Micro-batch -> the ids of its structures."""
+    return {number: [s.id for s in mixture.read(mixture.micro_batch(number))] for number in numbers}

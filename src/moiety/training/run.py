@@ -3,7 +3,7 @@
 config.json            the configuration; a run only resumes with the same one
 run.json               what ran: parameters, corpora, machine, versions
 log.jsonl              one record every `training.log_every` steps
-skipped.jsonl          the structures of steps that were not applied, where there were any
+events.jsonl           steps that were not applied and loss spikes, with their structures; where there were any
 checkpoints/           see `checkpoint`
 export/                the model in Hub layout
 """
@@ -14,6 +14,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed
 
 from moiety.errors import InputError
+from moiety.training.board import Board
 from moiety.training.checkpoint import (
     WEIGHTS,
     Damaged,
@@ -43,7 +45,16 @@ from moiety.training.progress import Progress
 from moiety.training.snapshot import restore, take_snapshot
 
 NONE, ALL_DAMAGED = -1, -2  # in the place of a step
-FREE_TO_CHANGE = {"steps", "checkpoint_every", "keep_checkpoints", "log_every", "path", "ds", "hang_timeout_s"}
+FREE_TO_CHANGE = {
+    "steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "path",
+    "ds",
+    "hang_timeout_s",
+    "tensorboard",
+}
 
 
 class Run:
@@ -58,6 +69,7 @@ class Run:
         self.engine: Any = None  # set by fit
         self.progress = Progress(enabled=rank == 0)
         self.failed_saves = 0
+        self._board = Board(path if rank == 0 and config.training.tensorboard else None)
         self._writer = Writer(self.checkpoints, rank, world_size)
         self._saved_step: int | None = None  # by this process
 
@@ -96,6 +108,7 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._board.close()
         self.progress.close()
 
     @property
@@ -103,8 +116,8 @@ class Run:
         return self.path / "log.jsonl"
 
     @property
-    def skipped_path(self) -> Path:
-        return self.path / "skipped.jsonl"
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Writes run.json: what ran, on what, with which versions."""
@@ -120,13 +133,15 @@ class Run:
         if self.rank == 0:
             with self.log_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+            self._board.add(record)
             self.progress.show(record, total_steps)
 
-    def log_skipped(self, record: dict[str, Any]) -> None:
-        """Writes down the structures of a step that was not applied."""
-        self.progress.note(f"step {record['step']}: {record['not_finite']} not finite, skipped on all ranks")
-        with self.skipped_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    def log_event(self, step: int, what: str, structures: Callable[[], dict[int, list[str]]]) -> None:
+        """Tells what was odd about a step, and writes down its structures by micro-batch."""
+        if self.rank == 0:
+            self.progress.note(f"step {step}: {what}; its structures are in {self.events_path}")
+            with self.events_path.open("a") as file:
+                file.write(json.dumps({"step": step, "what": what, "micro_batches": structures()}) + "\n")
 
     def save(self, engine: Any, average: WeightAverage, state: dict[str, Any], keep: int) -> None:
         """Begins a checkpoint, once the one before is written; every process calls it.
@@ -257,7 +272,7 @@ class Run:
 
     def _cut_logs(self, last_step: int) -> None:
         """Drops what was logged after the checkpoint (those steps run again) and a line torn by a kill."""
-        for path in (self.log_path, self.skipped_path):
+        for path in (self.log_path, self.events_path):
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]

@@ -80,6 +80,15 @@ class Window:
         self._sums += sums.logged.cpu()
         self._grad_norms.append(grad_norm)
 
+    def loss_of(self, sums: StepSums) -> float:
+        """The loss of one step, over all ranks."""
+        return self._loss(sums.logged.cpu())
+
+    def _loss(self, sums: Tensor) -> float:
+        loss_O, weight_O = sums[:-2].view(len(DOMAINS), len(self._objectives), 2).sum(0).unbind(-1)
+        means_O = (loss_O / weight_O.clamp(min=1)).tolist()
+        return sum(o.weight * mean for o, mean in zip(self._objectives, means_O, strict=True))
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a record which spans it is the same after a resume."""
         return {"sums": self._sums.tolist(), "grad_norms": self._grad_norms}
@@ -87,14 +96,12 @@ class Window:
     def record(self, state: dict[str, Any], lr: float, failed_saves: int) -> dict[str, Any]:
         """The log record of these steps: mean losses over all scored items, rates, shares of the time."""
         terms_DO2 = self._sums[:-2].view(len(DOMAINS), len(self._objectives), 2)
-        loss_O, weight_O = terms_DO2.sum(0).unbind(-1)
-        means_O = loss_O / weight_O.clamp(min=1)
         elapsed = time.perf_counter() - self._started
         structures, nodes = self._sums[-2:].tolist()
         busy = sum(self._seconds.values())
         return {
             "step": state["step"],
-            "loss": sum(o.weight * mean for o, mean in zip(self._objectives, means_O.tolist(), strict=True)),
+            "loss": self._loss(self._sums),
             "losses": {
                 domain: losses for index, domain in enumerate(DOMAINS) if (losses := self._means(terms_DO2[index]))
             },
@@ -104,6 +111,7 @@ class Window:
             "nodes_per_s": round((nodes - self._nodes_before) / elapsed, 1),
             "skipped_steps": state["skipped_steps"],
             "failed_saves": failed_saves,
+            "loss_spikes": state["loss_spikes"],
             "samples": state["samples"],
             "time": {phase: round(seconds / busy, 4) for phase, seconds in self._seconds.items()},
             "elapsed_s": round(state["elapsed_s"], 3),
