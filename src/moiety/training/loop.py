@@ -172,7 +172,8 @@ def step_loss(objectives: Sequence[Objective], output: Any, batch: Batch, scored
     A loss that is not finite poisons its gradient on purpose: the gradients are summed over ranks, so all of them skip.
     """
     sums.add_batch(batch)
-    total = torch.stack([0 * tensor.float().sum() for tensor in differentiable(output)]).sum()  # every head, every time
+    # every head, every time; what does not apply to a structure, as the stress of a molecule, is nan there
+    total = torch.stack([0 * tensor.float().nan_to_num().sum() for tensor in differentiable(output)]).sum()
     for index, objective in enumerate(objectives):
         loss_B, weight_B = objective.loss_sum(output, batch), objective.scored(batch)
         loss_B = torch.where(weight_B > 0, loss_B, 0.0)

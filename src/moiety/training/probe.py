@@ -58,7 +58,7 @@ def probe_numbers(model: nn.Module, device: torch.device) -> dict[str, list[floa
     with torch.compiler.set_stance("force_eager"):  # a compiled block would be compiled again for this
         output = model(**batch.inputs())
     model.train(was_training)
-    named = {name: t.double() for name, t in tensors_of(output) if t.is_floating_point() and t.numel()}
+    named = {n: t.double().nan_to_num() for n, t in tensors_of(output) if t.is_floating_point() and t.numel()}
     return {name: [float(t.mean()), float(t.square().mean().sqrt())] for name, t in named.items()}
 
 

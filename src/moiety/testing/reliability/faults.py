@@ -1,0 +1,183 @@
+"""Promises about what breaks: processes, disks, files, numbers, ranks, launchers."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+from moiety.testing.launched import gone, read_log, repeatable
+from moiety.testing.reliability.workspace import Row, Workspace
+from moiety.training.checkpoint import Damaged, complete, verify
+
+LONG = ("steps=100000", "checkpoint_every=4")  # stopped when it has gone far enough
+
+
+def killed(space: Workspace, kills: int, ranks: int = 2) -> Row:
+    """SIGKILL at random times, every other one aimed at a checkpoint being written; one rank, or all of them."""
+    rng = random.Random(0)
+    out = space.folder / f"killed_{ranks}"
+    checkpoints = out / "checkpoints"
+    inside = unreadable = 0
+    for number in range(kills):
+        run = space.start(out.name, *LONG, ranks=ranks)
+        if number % 2:
+            run.until(lambda: any(checkpoints.glob("*.partial")))
+            time.sleep(rng.uniform(0, 0.02))
+        else:
+            time.sleep(rng.uniform(0.0, 6.0))
+        victims = rng.choice([[rng.randrange(ranks)], list(range(ranks))])
+        for rank in victims:
+            run.ranks()[rank].kill()
+        inside += any(checkpoints.glob("*.partial"))
+        if run.wait() == 0:
+            raise AssertionError(f"{out}: ended before it was killed")
+        unreadable += not readable(checkpoints)
+    run = space.start(out.name, *LONG, ranks=ranks)
+    logged = len(read_log(out))
+    run.until_logged(logged + 8)
+    stop(run, signal.SIGTERM)
+    found = repeatable(read_log(out))
+    expected = repeatable(_first(space, len(found), *LONG, ranks=ranks))
+    same = found == expected
+    figure = f"{kills} kills, {inside} inside a save; {unreadable} unreadable; {len(found)} steps "
+    return Row("SIGKILL at any time", figure + ("bit-identical" if same else "DIFFER"), same and not unreadable)
+
+
+def readable(checkpoints: Path) -> bool:
+    """Whether `latest`, where there is one, names a checkpoint that is what was written."""
+    latest = checkpoints / "latest"
+    if not latest.exists():
+        return True
+    try:
+        verify(checkpoints / latest.read_text())
+    except Damaged:
+        return False
+    return True
+
+
+def stop(run: object, number: signal.Signals) -> int:
+    """Asks the first rank of a run to stop; its exit code."""
+    run.ranks()[0].send_signal(number)  # type: ignore[attr-defined]
+    return run.wait()  # type: ignore[attr-defined]
+
+
+def _first(space: Workspace, lines: int, *arguments: object, ranks: int) -> list[dict[str, object]]:
+    """The first records of an undisturbed run that is stopped when it has gone as far."""
+    name = f"undisturbed_{ranks}_" + "_".join(str(a).replace("=", "") for a in arguments)
+    run = space.start(name, *arguments, ranks=ranks)
+    run.until_logged(lines)
+    stop(run, signal.SIGTERM)
+    return read_log(space.folder / name)[:lines]
+
+
+def asked_to_stop(space: Workspace) -> Row:
+    """SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint within half a minute, the right exit code, nothing lost."""
+    codes, slowest = {}, 0.0
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        name = f"stopped_{number.name}"
+        run = space.start(name, "checkpoint_every=1000", ranks=2)
+        run.until_logged(5)
+        started = time.perf_counter()
+        codes[number.name] = stop(run, number)
+        slowest = max(slowest, time.perf_counter() - started)
+        records = space.run(name, "checkpoint_every=1000", ranks=2)
+        same = repeatable(records) == repeatable(space.undisturbed(ranks=2))
+        if not same:
+            return Row("asked to stop", f"{number.name}: another run than the undisturbed one", False)
+    expected = {"SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130}
+    figure = f"checkpoint and exit in {slowest:.1f} s; codes {', '.join(map(str, codes.values()))}; bit-identical"
+    return Row("SIGTERM, SIGUSR1, Ctrl-C", figure, codes == expected and slowest < 30)
+
+
+def disk_full(space: Workspace, offsets: int) -> Row:
+    """Files that cannot grow beyond a random size: the save fails, the earlier checkpoint stays, nothing is lost."""
+    rng = random.Random(1)
+    kept = 0
+    for number in range(offsets):
+        name = f"disk_full_{number}"
+        out = space.folder / name
+        run = space.start(name)
+        run.until(lambda out=out: len(complete(out / "checkpoints")) == 1)
+        stop(run, signal.SIGTERM)
+        before = complete(out / "checkpoints")
+        size = max(path.stat().st_size for path in (out / "checkpoints" / before[-1]).iterdir())
+        code = space.start(name, "--file-limit", rng.randrange(1, size)).wait()
+        intact = complete(out / "checkpoints") == before and readable(out / "checkpoints")
+        resumed = repeatable(space.run(name)) == repeatable(space.undisturbed())
+        kept += code == 1 and intact and resumed
+    figure = f"{kept} of {offsets} offsets: the last checkpoint intact, resumed bit-identically"
+    return Row("disk full inside a save", figure, kept == offsets)
+
+
+def flipped_bytes(space: Workspace, each: int) -> Row:
+    """Every file of a checkpoint, bytes flipped at random places: refused, with the file's name."""
+    rng = random.Random(2)
+    space.undisturbed(ranks=2)
+    space.run("flipped", "steps=5", ranks=2)
+    folder = space.folder / "flipped/checkpoints/step_00000005"
+    tried = refused = 0
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for _ in range(each):
+            place = rng.randrange(len(content))
+            path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :])
+            tried += 1
+            try:
+                verify(folder)
+            except Damaged as error:
+                refused += str(path) in str(error)
+        path.write_bytes(content)
+    verify(folder)
+    figure = f"{refused} of {tried} refused by name, in {len(list(folder.iterdir()))} files"
+    return Row("a flipped byte in a checkpoint", figure, refused == tried)
+
+
+def not_finite(space: Workspace) -> Row:
+    """A loss or a gradient of one rank that is not finite is skipped by both; weights that are not end the run."""
+    said = []
+    for kind, words in (("loss", "loss not finite"), ("gradient", "gradient not finite")):
+        for stage in (0, 2):
+            name = f"not_finite_{kind}_{stage}"
+            records = space.run(name, "--fault", f"{kind}:5:1", f"ds=zero{stage}", "steps=8", ranks=2)
+            events = (space.folder / name / "events.jsonl").read_text()
+            good = records[-1]["skipped_steps"] == 1 and words in events and '"step": 5' in events
+            said.append((f"{kind}, ZeRO-{stage}", good))
+    run = space.start("not_finite_weight", "--fault", "weight:8:1", ranks=2)
+    code = run.wait()
+    intact = readable(space.folder / "not_finite_weight/checkpoints")
+    said.append(("weights", code == 1 and "20 steps in a row not finite" in run.output and intact))
+    bad = [name for name, good in said if not good]
+    figure = "skipped on both ranks, structures logged; weights: given up after 20, last checkpoint intact"
+    return Row("NaN in loss, gradient, weights", figure if not bad else f"not so: {', '.join(bad)}", not bad)
+
+
+def hung(space: Workspace) -> Row:
+    """A rank that is stuck in its own code, and one that the system has stopped: named, with the stack of the first."""
+    stuck = space.start("stuck", "--fault", "stuck:4:1", "hang_timeout_s=2", ranks=2)
+    processes = stuck.ranks()
+    code = stuck.wait()
+    named = code == 70 and "rank 1 is stuck" in stuck.output and "time.sleep(FOREVER)" in stuck.output
+    silent = space.start("silent", *LONG, "hang_timeout_s=2", ranks=2)
+    silent.until_logged(3)
+    processes = processes | {2: silent.ranks()[0], 3: silent.ranks()[1]}
+    processes[3].suspend()
+    code = silent.wait()
+    unanswered = code == 70 and f"rank 1 does not answer: process {processes[3].pid}" in silent.output
+    left = not gone(processes.values())
+    figure = f"stuck rank {'named with its stack' if named else 'NOT named'}, "
+    figure += f"silent rank {'named' if unanswered else 'NOT named'}, {'processes LEFT' if left else 'nothing left'}"
+    return Row("a rank that hangs", figure, named and unanswered and not left)
+
+
+def orphaned(space: Workspace, launcher: str) -> Row:
+    """The front of a launcher is killed and nothing else: its ranks write a checkpoint and end."""
+    run = space.start(f"orphaned_{launcher}", *LONG, ranks=2, launcher=launcher)
+    run.until_logged(3)
+    processes = run.ranks()
+    run.process.kill()  # type: ignore[union-attr]
+    ended = gone(processes.values())
+    kept = readable(space.folder / f"orphaned_{launcher}/checkpoints")
+    figure = f"{launcher}: {'no rank outlives it' if ended else 'ranks LEFT'}, checkpoint {'intact' if kept else 'BAD'}"
+    return Row("orphaned ranks", figure, ended and kept)
