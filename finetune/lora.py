@@ -7,9 +7,11 @@ pretrained.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from moiety.errors import InputError
+from moiety.adapters.finetune import FinetuneConfig, finetune
+from moiety.training.config import load_config
+from moiety.training.run import Run
+from moiety.training.script import run_script
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -24,10 +26,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from moiety.adapters.finetune import FinetuneConfig, finetune
-    from moiety.training.config import load_config
-    from moiety.training.run import Run
-
     config = load_config(FinetuneConfig, args.config, args.overrides)
     with Run.open(args.out, config, fresh=args.fresh) as run:
         metrics = finetune(run, config)
@@ -38,8 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -6,13 +6,10 @@ Also under `torchrun` and plain `python`. The same command again resumes.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import torch
 
-from moiety.errors import InputError
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.objectives import build_objectives
 from moiety.training.config import PretrainConfig, load_config
@@ -21,6 +18,7 @@ from moiety.training.loop import fit
 from moiety.training.mixture import Mixture
 from moiety.training.plan import print_plan
 from moiety.training.run import Run
+from moiety.training.script import run_script
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -52,9 +50,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -22,7 +22,7 @@ from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
 from moiety.testing import launched
-from moiety.testing.launched import Forked, Launched, gone, largest_difference, read_log, repeatable
+from moiety.testing.launched import Forked, Launched, gone, largest_difference, launcher_command, read_log, repeatable
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.export import check_export
 from moiety.training.loop import learning_rate
@@ -42,7 +42,7 @@ def start(out: Path, *arguments: str, ranks: int = 1) -> Forked:
 
 
 def launch(out: Path, *arguments: str, launcher: str = "deepspeed") -> Launched:
-    return Launched(TRAIN, ["--config", CONFIGS / "tiny.yaml", *arguments], out, 2, launcher)
+    return Launched([*launcher_command(launcher, 2), TRAIN, "--config", CONFIGS / "tiny.yaml", *arguments], out)
 
 
 def train(out: Path, *arguments: str, ranks: int = 1, config: str = "tiny") -> list[dict[str, Any]]:

@@ -164,6 +164,25 @@ def report(
         print_summary(summary(files))
 
 
+@app.command()
+def selfcheck(
+    full: Annotated[bool, typer.Option("--full", help="All promises, in a quarter of an hour; else a minute.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try out what the training engine promises, on small real runs: a row each; exit 1 if one does not hold."""
+    from rich.console import Console
+
+    from moiety.testing.reliability.selfcheck import print_rows, selfcheck
+
+    rows = print_rows(selfcheck(full), Console(stderr=as_json, highlight=False))
+    if as_json:
+        print(json.dumps({"rows": [vars(row) for row in rows], "ok": all(row.ok for row in rows)}))
+    failed = sum(not row.ok for row in rows)
+    note(f"{len(rows) - failed} of {len(rows)} promises hold, in {sum(row.seconds for row in rows):.0f} s")
+    if failed:
+        raise typer.Exit(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; the only place that turns exceptions into messages and exit codes."""
     for name, value in QUIET.items():

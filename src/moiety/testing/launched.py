@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +82,15 @@ class Started:
 
 
 class Launched(Started):
-    """`script ARGUMENTS --out OUT` under plain python, or on several ranks under torchrun or deepspeed."""
+    """A command that ends in `--out OUT`, as users type it."""
 
-    def __init__(
-        self, script: Path, arguments: Sequence[object], out: Path, ranks: int = 1, launcher: str = "deepspeed"
-    ) -> None:
+    def __init__(self, command: Sequence[object], out: Path, environment: Mapping[str, str] | None = None) -> None:
         super().__init__(out)
-        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | SETTINGS
-        options = {
-            "torchrun": ["--nproc-per-node", ranks, "--master-port", free_port()],
-            "deepspeed": ["--num_accelerators", ranks, "--master_port", free_port()],
-        }
-        launch = [Path(sys.executable).with_name(launcher), *options[launcher]] if ranks > 1 else [sys.executable]
-        command = [*launch, script, *arguments, "--out", out]
+        env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         with self.output_path.open("w") as output:
             self.process = subprocess.Popen(
-                [str(part) for part in command],
-                env=env,
+                [str(part) for part in (*command, "--out", out)],
+                env={**env, **SETTINGS, **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -124,10 +116,26 @@ class Launched(Started):
         self.process.wait()
 
 
+def launcher_command(launcher: str, ranks: int) -> list[object]:
+    """torchrun or deepspeed on this machine; a script and its arguments follow."""
+    options = {
+        "torchrun": ["--nproc-per-node", ranks, "--master-port", free_port()],
+        "deepspeed": ["--num_accelerators", ranks, "--master_port", free_port()],
+    }
+    return [Path(sys.executable).with_name(launcher), *options[launcher]]
+
+
 class Forked(Started):
     """`script ARGUMENTS --out OUT` in processes that are forked off one with everything imported."""
 
-    def __init__(self, script: Path, arguments: Sequence[object], out: Path, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[object],
+        out: Path,
+        ranks: int = 1,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(out)
         self.output_path.write_text("")
         context = multiprocessing.get_context("forkserver")
@@ -135,12 +143,13 @@ class Forked(Started):
         argv = [str(part) for part in (script, *arguments, "--out", out)]
         port = str(free_port())
         before = dict(os.environ)
-        os.environ.update(SETTINGS)  # which the server of forks starts with
+        os.environ.update(SETTINGS, DS_ACCELERATOR="cpu")  # which the server of forks starts with
         self.processes = []
         try:
             for rank in range(ranks):
                 variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
+                variables |= environment or {}
                 process = context.Process(target=_run_script, args=(argv, variables, self.output_path))
                 process.start()
                 self.processes.append(process)

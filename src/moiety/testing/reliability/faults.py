@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -94,18 +96,19 @@ def asked_to_stop(space: Workspace) -> Row:
 def disk_full(space: Workspace, offsets: int) -> Row:
     """Files that cannot grow beyond a random size: the save fails, the earlier checkpoint stays, nothing is lost."""
     rng = random.Random(1)
+    arguments = ("steps=20",)
+    started = space.start("disk_full", *arguments)
+    started.until(lambda: len(complete(started.out / "checkpoints")) == 1)
+    stop(started, signal.SIGTERM)
+    before = complete(started.out / "checkpoints")
+    size = max(path.stat().st_size for path in (started.out / "checkpoints" / before[-1]).iterdir())
     kept = 0
     for number in range(offsets):
         name = f"disk_full_{number}"
-        out = space.folder / name
-        run = space.start(name)
-        run.until(lambda out=out: len(complete(out / "checkpoints")) == 1)
-        stop(run, signal.SIGTERM)
-        before = complete(out / "checkpoints")
-        size = max(path.stat().st_size for path in (out / "checkpoints" / before[-1]).iterdir())
-        code = space.start(name, "--file-limit", rng.randrange(1, size)).wait()
-        intact = complete(out / "checkpoints") == before and readable(out / "checkpoints")
-        resumed = repeatable(space.run(name)) == repeatable(space.undisturbed())
+        checkpoints = shutil.copytree(started.out, space.folder / name) / "checkpoints"
+        code = space.start(name, *arguments, "--file-limit", rng.randrange(1, size)).wait()
+        intact = complete(checkpoints) == before and readable(checkpoints)
+        resumed = repeatable(space.run(name, *arguments)) == repeatable(space.undisturbed(*arguments))
         kept += code == 1 and intact and resumed
     figure = f"{kept} of {offsets} offsets: the last checkpoint intact, resumed bit-identically"
     return Row("disk full inside a save", figure, kept == offsets)
@@ -114,7 +117,6 @@ def disk_full(space: Workspace, offsets: int) -> Row:
 def flipped_bytes(space: Workspace, each: int) -> Row:
     """Every file of a checkpoint, bytes flipped at random places: refused, with the file's name."""
     rng = random.Random(2)
-    space.undisturbed(ranks=2)
     space.run("flipped", "steps=5", ranks=2)
     folder = space.folder / "flipped/checkpoints/step_00000005"
     tried = refused = 0
@@ -181,3 +183,44 @@ def orphaned(space: Workspace, launcher: str) -> Row:
     kept = readable(space.folder / f"orphaned_{launcher}/checkpoints")
     figure = f"{launcher}: {'no rank outlives it' if ended else 'ranks LEFT'}, checkpoint {'intact' if kept else 'BAD'}"
     return Row("orphaned ranks", figure, ended and kept)
+
+
+def damaged_shard(space: Workspace) -> Row:
+    """A shard that is damaged between two parts of a run is left out and named; too many of them are refused."""
+    corpus = space.corpus_in_shards()
+    arguments = (f"data.sources=[{{path: {corpus}}}]", "steps=20")
+    run = space.start("damaged_shard", *arguments)
+    run.until_logged(6)
+    stop(run, signal.SIGTERM)
+    shards = sorted(corpus.glob("*.parquet"))
+    _damage(shards[3])
+    records = space.run("damaged_shard", *arguments)
+    said = space.folder.joinpath("damaged_shard.output").read_text()
+    goes_on = len(records) == 20 and f"left out: {shards[3]}: checksum mismatch" in said
+    for shard in shards[4:8]:
+        _damage(shard)
+    refused = space.start("damaged_shard", *arguments, "steps=21")
+    code = refused.wait()
+    stops = code == 2 and "5 damaged shards hold" in refused.output
+    figure = f"1 of {len(shards)} shards {'left out and named' if goes_on else 'NOT left out'}, "
+    figure += f"5 of them {'refused' if stops else 'NOT refused'}"
+    return Row("a damaged shard", figure, goes_on and stops)
+
+
+def _damage(shard: Path) -> None:
+    content = shard.read_bytes()
+    shard.write_bytes(content[:60] + bytes([content[60] ^ 4]) + content[61:])
+    (shard.parent / ".arrow" / f"{shard.stem}.arrow").unlink(missing_ok=True)
+
+
+def stale_lock(space: Workspace) -> Row:
+    """A lock that a killed compilation left two hours ago, where the next one would wait for it."""
+    cache = space.folder / "extensions"
+    folder = cache / "py/fused_adam"
+    folder.mkdir(parents=True)
+    for path in (folder / "main.cpp", folder / "lock"):
+        path.touch()
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    run = space.start("stale_lock", "steps=2", environment={"TORCH_EXTENSIONS_DIR": str(cache)})
+    cured = run.wait() == 0 and not (folder / "lock").exists() and "left by a build that was killed" in run.output
+    return Row("a stale lock of a compilation", "reported and removed" if cured else "NOT removed", cured)

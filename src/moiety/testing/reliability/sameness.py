@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 
 from moiety.testing.launched import Record, largest_difference, read_log, repeatable
 from moiety.testing.reliability.faults import stop
 from moiety.testing.reliability.workspace import Row, Workspace
+from moiety.training.config import PretrainConfig, load_config
+from moiety.training.mixture import Mixture
 
 ROUNDING = 1e-6  # relative: other orders of the same fp32 sums
+BF16_MEAN, BF16_STEP = 0.001, 0.01  # relative, of losses
 
 
 def resumed_twice(space: Workspace, steps: int, ranks: int = 2) -> Row:
@@ -62,6 +66,43 @@ def activation_checkpointing(space: Workspace, steps: int) -> Row:
     words = (f"steps={steps}",)
     off_by = largest_difference(space.undisturbed(*words, "checkpoint_activations=true"), space.undisturbed(*words))
     return Row("activation checkpointing", f"{steps} steps within {off_by:.1e}", off_by < ROUNDING)
+
+
+def accumulation(space: Workspace, steps: int) -> Row:
+    """One process that takes four micro-batches a step, against four that take one each."""
+    words = (f"steps={steps}",)
+    off_by = largest_difference(space.undisturbed(*words, ranks=4), space.undisturbed(*words))
+    return Row("gradient accumulation, 4 x 1 and 1 x 4", f"{steps} steps within {off_by:.1e}", off_by < ROUNDING)
+
+
+def bfloat16(space: Workspace, steps: int) -> Row:
+    """Matrix products in bfloat16, at the same learning rate on the same structures."""
+    words = (f"steps={steps}",)
+    exact, rounded = space.undisturbed(*words), space.undisturbed(*words, "precision=bf16")
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(exact, rounded, strict=True)]
+    mean, worst = (sum(b for _, b in pairs) / sum(a for a, _ in pairs) - 1, max(abs(b / a - 1) for a, b in pairs))
+    skipped = rounded[-1]["skipped_steps"]
+    figure = f"{steps} steps: mean loss {mean:+.2%}, single steps within {worst:.1%}, {skipped} skipped"
+    return Row("bfloat16", figure, abs(mean) < BF16_MEAN and worst < BF16_STEP and not skipped)
+
+
+def exactly_once(space: Workspace) -> Row:
+    """Every structure once an epoch, however the micro-batches are dealt to ranks."""
+    config = load_config(PretrainConfig, space.config)
+    wrong = total = 0
+    for ranks in (1, 2, 3, 4):
+        mixture = Mixture.open(config.data)
+        seen = Counter(
+            (batch.source, int(index))
+            for rank in range(ranks)
+            for number in range(rank, 4 * sum(s.num_batches for s in mixture.sources), ranks)
+            if (batch := mixture.micro_batch(number)).epoch == 0
+            for index in batch.indices
+        )
+        expected = {(source, i) for source, s in enumerate(mixture.sources) for i in range(len(s.corpus))}
+        total += len(expected)
+        wrong += len(expected ^ seen.keys()) + sum(count != 1 for count in seen.values())
+    return Row("exactly once an epoch, on 1 to 4 ranks", f"{total - wrong} of {total} structures", wrong == 0)
 
 
 def same_structures(space: Workspace, steps: int) -> Row:

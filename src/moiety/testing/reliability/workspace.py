@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from ase import Atoms
 from ase.build import add_adsorbate, bulk, fcc111, molecule
 from ase.collections import g2
 
+from moiety.data import parts
 from moiety.data.convert import from_object
 from moiety.data.shards import write_corpus
-from moiety.testing.launched import Forked, Launched, Record, read_log
+from moiety.data.structure import Structure
+from moiety.testing.launched import Forked, Launched, Record, launcher_command, read_log
 
 SUBJECT = Path(__file__).with_name("subject.py")
 METALS = ("Al", "Ni", "Cu", "Pd", "Ag", "Pt", "Au")
@@ -49,20 +51,35 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
             sources = []
             for name, atoms in (("molecules", molecules()), ("crystals", crystals()), ("surfaces", surfaces())):
-                structures = [from_object(found) for found in atoms]
-                for number, structure in enumerate(structures):
-                    structure.id, structure.source = f"{name}-{number}", "ase"
-                write_corpus(structures, folder / name)
+                write_corpus(structures(name, atoms), folder / name)
                 sources.append({"path": str(folder / name)})
             data = {**CONFIG["data"], "sources": sources, "split": "data"}
             self.config.write_text(yaml.safe_dump({**CONFIG, "data": data}))
 
-    def start(self, name: str, *arguments: object, ranks: int = 1, launcher: str = "") -> Forked | Launched:
+    def start(
+        self,
+        name: str,
+        *arguments: object,
+        ranks: int = 1,
+        launcher: str = "",
+        environment: Mapping[str, str] | None = None,
+    ) -> Forked | Launched:
         """A run of the subject in a folder of that name; again, to resume it."""
         words = ["--config", self.config, *arguments]
         if launcher:
-            return Launched(SUBJECT, words, self.folder / name, ranks, launcher)
-        return Forked(SUBJECT, words, self.folder / name, ranks)
+            return Launched([*launcher_command(launcher, ranks), SUBJECT, *words], self.folder / name, environment)
+        return Forked(SUBJECT, words, self.folder / name, ranks, environment)
+
+    def corpus_in_shards(self) -> Path:
+        """The molecules, eight at a time."""
+        folder = self.folder / "in_shards"
+        sizes = parts.CHUNK, parts.NODES_PER_SHARD
+        parts.CHUNK, parts.NODES_PER_SHARD = 8, 1
+        try:
+            write_corpus(structures("molecule", molecules() * 2), folder)
+        finally:
+            parts.CHUNK, parts.NODES_PER_SHARD = sizes
+        return folder
 
     def run(self, name: str, *arguments: object, ranks: int = 1) -> list[Record]:
         """The same to its end; the log."""
@@ -79,6 +96,14 @@ class Workspace:
             self.run(name, *arguments, ranks=ranks)
             self._finished[key] = self.folder / name
         return read_log(self._finished[key])
+
+
+def structures(name: str, found: Sequence[Atoms]) -> list[Structure]:
+    """Structures whose ids are the name and a number."""
+    converted = [from_object(atoms) for atoms in found]
+    for number, structure in enumerate(converted):
+        structure.id, structure.source = f"{name}-{number}", "ase"
+    return converted
 
 
 def timed(check: Callable[[], Row]) -> Row:
