@@ -25,10 +25,10 @@ if [[ $nodes != 1 ]]; then # every machine starts its own ranks: the names in th
     for ((i = 0; i < nodes; i++)); do echo "node-$i slots=$ranks"; done >"$hostfile"
     where=(--hostfile "$hostfile" --no_ssh --node_rank "$node" --master_addr "${MASTER_ADDR:?the first machine}")
 fi
-deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29500}" "$@" &
+# A launcher that is signalled kills its ranks or leaves them behind: it sleeps through what the ranks listen to.
+(trap '' USR1 TERM && exec deepspeed "${where[@]}" --master_port "${MASTER_PORT:-29500}" "$@") &
 launcher=$!
 
-# A launcher that is signalled kills its ranks or leaves them behind; the ranks themselves know better.
 descendants() {
     local child
     for child in $(pgrep -P "$1" || true); do

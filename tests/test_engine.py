@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
 from moiety.testing import launched
-from moiety.testing.launched import Forked, Launched, gone, largest_difference, launcher_command, read_log, repeatable
+from moiety.testing.launched import Forked, largest_difference, read_log, repeatable
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.export import check_export
 from moiety.training.loop import learning_rate
@@ -39,10 +38,6 @@ SHORT = [*SMALL, *SHAPE, "steps=7", "warmup_steps=3", "checkpoint_every=2"]
 
 def start(out: Path, *arguments: str, ranks: int = 1) -> Forked:
     return Forked(TRAIN, ["--config", CONFIGS / "tiny.yaml", *arguments], out, ranks)
-
-
-def launch(out: Path, *arguments: str, launcher: str = "deepspeed") -> Launched:
-    return Launched([*launcher_command(launcher, 2), TRAIN, "--config", CONFIGS / "tiny.yaml", *arguments], out)
 
 
 def train(out: Path, *arguments: str, ranks: int = 1, config: str = "tiny") -> list[dict[str, Any]]:
@@ -88,61 +83,6 @@ def test_a_killed_run_goes_on_bit_by_bit(alone: Path, tmp_path: Path):
     run.kill()
     assert repeatable(train(tmp_path / "run", *SHORT)) == repeatable(read_log(alone))
     assert_same_export(tmp_path / "run/export", alone / "export", tolerance=0)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint(alone: Path, tmp_path: Path, number: int, code: int):
-    run = start(tmp_path / "run", *SHORT, "checkpoint_every=100")
-    run.until_logged(1)
-    run.ranks()[0].send_signal(number)
-    assert run.wait() == code, run.output
-    saved = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
-    assert len(saved) == 1 and int(saved[0].removeprefix("step_")) < 7
-    assert repeatable(train(tmp_path / "run", *SHORT)) == repeatable(read_log(alone))
-
-
-def test_one_rank_that_is_asked_to_stop_stops_both(tmp_path: Path):
-    run = start(tmp_path / "run", *SHORT, "steps=3000", "ds=zero2", ranks=2)
-    run.until_logged(2)
-    ranks = run.ranks()
-    ranks[1].send_signal(signal.SIGUSR1)
-    assert run.wait() == 75, run.output
-    assert gone(ranks.values())
-    steps = [int(path.name.removeprefix("step_")) for path in (tmp_path / "run/checkpoints").glob("step_*")]
-    assert 0 < max(steps) < 3000
-
-
-@pytest.mark.slow  # the launcher waits half a minute for a stopped process
-def test_a_rank_that_answers_no_more_is_named_and_the_run_ends(tmp_path: Path):
-    run = launch(tmp_path / "run", *SHORT, "steps=3000", "hang_timeout_s=3")
-    run.until_logged(2)
-    ranks = run.ranks()
-    ranks[1].suspend()
-    assert run.wait() == 70, run.output
-    assert f"rank 1 does not answer: process {ranks[1].pid}" in run.output and "is stopped" in run.output
-    assert gone(ranks.values())
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
-def test_ranks_do_not_outlive_their_launcher(tmp_path: Path, launcher: str):
-    run = launch(tmp_path / "run", *SHORT, "steps=3000", "checkpoint_every=3000", launcher=launcher)
-    run.until_logged(2)
-    ranks = run.ranks()
-    run.process.kill()  # the front alone; its children know nothing of it
-    assert gone(ranks.values()) and "the launcher is gone" in run.output
-    assert len(list((tmp_path / "run/checkpoints").glob("step_*/manifest.json"))) == 1
-
-
-def test_a_run_walks_over_processes_and_zero_stages(alone: Path, tmp_path: Path):
-    out = tmp_path / "run"
-    for steps, ranks, stage in ((2, 1, 0), (4, 2, 3), (6, 2, 1), (7, 1, 2)):
-        launched_run = start(out, *SHORT, f"ds=zero{stage}", ranks=ranks)
-        if steps < 7:
-            launched_run.until((out / f"checkpoints/step_{steps:08d}/manifest.json").exists)
-            launched_run.kill()
-        else:
-            assert launched_run.wait() == 0, launched_run.output
-    assert largest_difference(read_log(out), read_log(alone)) < 1e-6
 
 
 def test_a_run_directory_tells_what_ran(alone: Path):
@@ -260,18 +200,3 @@ def test_the_first_step_has_a_learning_rate_and_the_last_has_the_final_one():
     rates = [learning_rate(step, 20, optimizer) for step in range(20)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0] and rates[-1] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_zero_stage_trains_as_one_process_and_survives_the_death_of_a_rank(tmp_path: Path, stage: int):
-    arguments = [*SMALL, "steps=30", "warmup_steps=10", "checkpoint_every=7"]
-    single = train(tmp_path / "single", *arguments)
-    whole = train(tmp_path / "whole", *arguments, f"ds=zero{stage}", ranks=2)
-    assert largest_difference(whole, single) < 1e-5
-    run = start(tmp_path / "killed", *arguments, f"ds=zero{stage}", ranks=2)
-    run.until_logged(17)
-    run.ranks()[1].kill()
-    assert run.wait() != 0
-    resumed = train(tmp_path / "killed", *arguments, f"ds=zero{stage}", ranks=2)
-    assert repeatable(resumed) == repeatable(whole)

@@ -81,11 +81,11 @@ def start_distributed() -> tuple[int, int]:
 
 
 def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: TrainingConfig, micro_batches: int) -> Any:
-    """The DeepSpeed engine for a model, with AdamW over what requires a gradient.
+    """The DeepSpeed engine for a model.
 
     Args:
-        model: any module; matrices decay, biases, norms and other vectors do not.
-        optimizer: see OptimizerConfig.
+        model: any module.
+        optimizer: of AdamW, see `adamw`.
         training: `ds` names the DeepSpeed JSON.
         micro_batches: per optimizer step, over all ranks.
 
@@ -104,17 +104,21 @@ def start_engine(model: nn.Module, optimizer: OptimizerConfig, training: Trainin
     settings = load_ds_config(training.ds, optimizer, training, micro_batches // world)
     refuse_zero3_forces(model, settings, training.ds)
     refuse_to_compile(model, settings, training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about CUDA features, on machines without CUDA
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, optimizer), config=settings)
+    return engine
+
+
+def adamw(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what requires a gradient: matrices decay, biases, norms and other vectors do not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": optimizer.weight_decay},
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, fused=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about CUDA features, on machines without CUDA
-        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings)
-    return engine
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, fused=True)
 
 
 def refuse_disagreement(what: str, facts: Any, device: torch.device) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ class Window:
             "samples": state["samples"],
             "time": {phase: round(seconds / busy, 4) for phase, seconds in self._seconds.items()},
             "elapsed_s": round(state["elapsed_s"], 3),
+            "peak_memory_mib": round(peak_memory() / 2**20),
         }
 
     def _means(self, terms_O2: Tensor) -> dict[str, float]:
@@ -123,3 +125,11 @@ class Window:
             for objective, (loss, weight) in zip(self._objectives, terms_O2.tolist(), strict=True)
             if weight
         }
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: of its GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()  # getrusage also counts what the process was before its exec
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

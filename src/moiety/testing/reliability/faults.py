@@ -6,13 +6,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from moiety.testing.launched import gone, read_log, repeatable
 from moiety.testing.reliability.workspace import Row, Workspace
 from moiety.training.checkpoint import Damaged, complete, verify
 
+STOPS = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}  # and the exit codes
+SHORT = ("steps=20",)
 LONG = ("steps=100000", "checkpoint_every=4")  # stopped when it has gone far enough
 
 
@@ -74,21 +78,21 @@ def _first(space: Workspace, lines: int, *arguments: object, ranks: int) -> list
     return read_log(space.folder / name)[:lines]
 
 
-def asked_to_stop(space: Workspace) -> Row:
+def asked_to_stop(space: Workspace, signals: Sequence[signal.Signals] = tuple(STOPS)) -> Row:
     """SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint within half a minute, the right exit code, nothing lost."""
     codes, slowest = {}, 0.0
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in signals:
         name = f"stopped_{number.name}"
         run = space.start(name, "checkpoint_every=1000", ranks=2)
         run.until_logged(5)
         started = time.perf_counter()
-        codes[number.name] = stop(run, number)
+        codes[number] = stop(run, number)
         slowest = max(slowest, time.perf_counter() - started)
         records = space.run(name, "checkpoint_every=1000", ranks=2)
         same = repeatable(records) == repeatable(space.undisturbed(ranks=2))
         if not same:
             return Row("asked to stop", f"{number.name}: another run than the undisturbed one", False)
-    expected = {"SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130}
+    expected = {number: STOPS[number] for number in signals}
     figure = f"checkpoint and exit in {slowest:.1f} s; codes {', '.join(map(str, codes.values()))}; bit-identical"
     return Row("SIGTERM, SIGUSR1, Ctrl-C", figure, codes == expected and slowest < 30)
 
@@ -96,22 +100,59 @@ def asked_to_stop(space: Workspace) -> Row:
 def disk_full(space: Workspace, offsets: int) -> Row:
     """Files that cannot grow beyond a random size: the save fails, the earlier checkpoint stays, nothing is lost."""
     rng = random.Random(1)
-    arguments = ("steps=20",)
-    started = space.start("disk_full", *arguments)
-    started.until(lambda: len(complete(started.out / "checkpoints")) == 1)
-    stop(started, signal.SIGTERM)
-    before = complete(started.out / "checkpoints")
-    size = max(path.stat().st_size for path in (started.out / "checkpoints" / before[-1]).iterdir())
+    started, size = _stopped_run(space)
     kept = 0
     for number in range(offsets):
         name = f"disk_full_{number}"
-        checkpoints = shutil.copytree(started.out, space.folder / name) / "checkpoints"
-        code = space.start(name, *arguments, "--file-limit", rng.randrange(1, size)).wait()
-        intact = complete(checkpoints) == before and readable(checkpoints)
-        resumed = repeatable(space.run(name, *arguments)) == repeatable(space.undisturbed(*arguments))
-        kept += code == 1 and intact and resumed
+        shutil.copytree(started, space.folder / name)
+        code = space.start(name, *SHORT, "--file-limit", rng.randrange(1, size)).wait()
+        kept += code == 1 and _nothing_lost(space, started, name)
     figure = f"{kept} of {offsets} offsets: the last checkpoint intact, resumed bit-identically"
     return Row("disk full inside a save", figure, kept == offsets)
+
+
+def file_system_full(space: Workspace, offsets: int) -> Row:
+    """The same on a file system that really is full, whatever is written there next; needs the right to mount one."""
+    rng = random.Random(2)
+    started, size = _stopped_run(space)
+    mount = space.folder / "small"
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", mount], check=True)
+    kept = 0
+    try:
+        for number in range(offsets):
+            name = f"small/run_{number}"
+            shutil.copytree(started, space.folder / name)
+            filler = mount / "filler"
+            with filler.open("wb") as file:
+                file.truncate(0)
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(mount).free - rng.randrange(1, 2 * size))
+            code = space.start(name, *SHORT, "--blind").wait()
+            filler.unlink()
+            kept += code == 1 and _nothing_lost(space, started, name)
+            shutil.rmtree(space.folder / name)
+    finally:
+        subprocess.run(["umount", mount], check=True)
+    figure = f"{kept} of {offsets} times: the last checkpoint intact, resumed bit-identically"
+    return Row("a full file system", figure, kept == offsets)
+
+
+def _stopped_run(space: Workspace) -> tuple[Path, int]:
+    """A run that was stopped after its first checkpoint, and the size of its largest file."""
+    out = space.folder / "stopped"
+    if not out.exists():
+        started = space.start(out.name, *SHORT)
+        started.until(lambda: len(complete(out / "checkpoints")) == 1)
+        stop(started, signal.SIGTERM)
+    newest = out / "checkpoints" / complete(out / "checkpoints")[-1]
+    return out, max(path.stat().st_size for path in newest.iterdir())
+
+
+def _nothing_lost(space: Workspace, before: Path, name: str) -> bool:
+    """Whether a copy of a run, in which a save has failed, has the checkpoints it had and goes on from them."""
+    checkpoints = space.folder / name / "checkpoints"
+    intact = complete(checkpoints) == complete(before / "checkpoints") and readable(checkpoints)
+    return intact and repeatable(space.run(name, *SHORT)) == repeatable(space.undisturbed(*SHORT))
 
 
 def flipped_bytes(space: Workspace, each: int) -> Row:
@@ -136,11 +177,11 @@ def flipped_bytes(space: Workspace, each: int) -> Row:
     return Row("a flipped byte in a checkpoint", figure, refused == tried)
 
 
-def not_finite(space: Workspace) -> Row:
+def not_finite(space: Workspace, stages: Sequence[int] = (0, 2)) -> Row:
     """A loss or a gradient of one rank that is not finite is skipped by both; weights that are not end the run."""
     said = []
     for kind, words in (("loss", "loss not finite"), ("gradient", "gradient not finite")):
-        for stage in (0, 2):
+        for stage in stages:
             name = f"not_finite_{kind}_{stage}"
             records = space.run(name, "--fault", f"{kind}:5:1", f"ds=zero{stage}", "steps=8", ranks=2)
             events = (space.folder / name / "events.jsonl").read_text()

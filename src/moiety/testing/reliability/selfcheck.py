@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,6 +32,7 @@ from moiety.testing.reliability.sameness import (
     conservative_parity,
     exactly_once,
     parity,
+    plain_ddp,
     resumed_twice,
     same_structures,
     world_walk,
@@ -61,6 +65,7 @@ FULL: list[Check] = [  # under a quarter of an hour
     partial(world_walk, steps=100),
     partial(parity, steps=100),
     partial(conservative_parity, steps=100),
+    partial(plain_ddp, steps=100),
     partial(accumulation, steps=100),
     partial(activation_checkpointing, steps=100),
     partial(bfloat16, steps=100),
@@ -90,3 +95,21 @@ def print_rows(rows: Iterator[Row], console: Console) -> list[Row]:
         console.print(f"{verdict}  {row.promise}: {escape(row.figure)}  [dim]{row.seconds:.0f} s[/dim]", soft_wrap=True)
         found.append(row)
     return found
+
+
+def campaign(description: str, check: Callable[..., Row], count: str, default: int) -> NoReturn:
+    """A script that tries one promise harder: `--count` is how often, or for how many steps; exit 1 if it fails.
+
+    Args:
+        description: the script's docstring.
+        check: the promise.
+        count: its argument that says how hard.
+        default: of that argument.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--count", type=int, default=default)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="moiety-campaign-") as folder:
+        space = Workspace(Path(folder))
+        rows = print_rows(iter([timed(lambda: check(space, **{count: args.count}))]), Console(highlight=False))
+    sys.exit(0 if rows[0].ok else 1)
