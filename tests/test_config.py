@@ -8,7 +8,7 @@ import pytest
 
 from moiety.errors import InputError
 from moiety.training.config import PretrainConfig, load_config
-from moiety.training.engine import load_ds_config
+from moiety.training.engine import REMOVED_KEYS, REMOVED_ZERO_KEYS, load_ds_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "pretrain/configs").glob("*.yaml"))
 TINY = next(path for path in CONFIGS if path.stem == "tiny")
@@ -108,6 +108,8 @@ def test_every_blank_of_the_deepspeed_files_is_filled(stage: int):
     [
         ('{"zero_optimization": {"stage": "auto"}}', 'zero_optimization.stage is "auto"'),
         ('{"elasticity": {"enabled": true}}', "'elasticity' was removed from DeepSpeed"),
+        ('{"zero_optimization": {"mics_shard_size": 4}}', "'zero_optimization.mics_shard_size' was removed"),
+        ('{"zero_optimization": {"offload_param": {"device": "nvme"}}}', "checkpoints do not reach it"),
         ('{"optimizer": {"type": "AdamW"}}', "'optimizer' belongs to the recipe"),
         ("{", "not JSON"),
     ],
@@ -119,6 +121,13 @@ def test_a_deepspeed_file_with_leftovers_is_refused_by_name(tmp_path: Path, text
     with pytest.raises(InputError) as error:
         load_ds_config(config.training.ds, config.optimizer, config.training, accumulation=1)
     assert message in str(error.value) and "mine.json" in str(error.value)
+
+
+def test_the_removed_keys_are_those_of_this_deepspeed():
+    from deepspeed.runtime import config as of_deepspeed
+
+    assert set(REMOVED_KEYS) >= of_deepspeed._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+    assert set(REMOVED_ZERO_KEYS) >= of_deepspeed._REMOVED_ZERO_CONFIG_KEYS.keys()
 
 
 def test_an_unknown_deepspeed_file_lists_those_there_are():

@@ -107,6 +107,14 @@ def test_a_report_of_a_run_in_progress_leaves_out_what_is_missing(tmp_path: Path
     assert re.findall(r'<section id="(\w+)">', html) == ["results", "losses", "speed"]
 
 
+def test_steps_that_were_odd_are_listed_with_their_structures(run_dir: Path):
+    event = {"step": 7, "what": "loss not finite, skipped on all ranks", "micro_batches": {"13": ["<i>", *"abcdefgh"]}}
+    (run_dir / "events.jsonl").write_text(json.dumps(event) + "\n")
+    html = write_report(run_dir).read_text()
+    assert '<section id="events">' in html and "loss not finite, skipped on all ranks" in html
+    assert "&lt;i&gt;, a, b, c, d, e and 3 more" in html
+
+
 def test_names_from_files_cannot_inject_markup(run_dir: Path):
     (run_dir / "run.json").write_text('{"<script>alert(1)</script>": "<b>"}')
     html = write_report(run_dir).read_text()

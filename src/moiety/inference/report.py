@@ -29,6 +29,7 @@ from moiety.inference.report_figures import (
 from moiety.inference.run_files import RunFiles
 from moiety.inference.summary import summary
 
+MOST_EVENTS, MOST_IDS = 20, 6
 STYLE = Path(__file__).with_name("report.css")
 OBJECTIVES = {
     "coordinates": (
@@ -198,6 +199,18 @@ def _speed(files: RunFiles) -> Iterator[Section]:
         yield Section("speed", "Speed", "".join(parts))
 
 
+def _events(files: RunFiles) -> Iterator[Section]:
+    """Steps that were not applied, and loss spikes: the last of them."""
+    rows = []
+    for event in files.events[-MOST_EVENTS:]:
+        ids = [name for names in event["micro_batches"].values() for name in names]
+        more = f" and {len(ids) - MOST_IDS} more" if len(ids) > MOST_IDS else ""
+        rows.append([f"{event['step']:,}", escape(event["what"]), escape(", ".join(ids[:MOST_IDS])) + more])
+    if rows:
+        note = f"<p>{len(files.events)} in all, see events.jsonl; the last {len(rows)}:</p>"
+        yield Section("events", "Odd steps", note + _table(["step", "what", "structures"], rows, text=(1, 2)))
+
+
 def time_shares(files: RunFiles) -> dict[str, float]:
     """Mean share of each part of a step, from the `time` of the log records."""
     totals: dict[str, float] = {}
@@ -236,6 +249,7 @@ SECTIONS: tuple[Callable[[RunFiles], Iterator[Section]], ...] = (
     _transfer,
     _losses,
     _speed,
+    _events,
     _facts,
 )
 

@@ -1,6 +1,7 @@
 """The files of a run directory, as reports and tables read them. Whatever is missing yet is simply empty.
 
 log.jsonl                training: step, loss, losses {domain: {objective: value}}, lr, structures_per_s, ... per line
+events.jsonl             training: step, what was odd about it, its structures by micro-batch
 config.json              training: the configuration, any nesting
 run.json                 training: parameters, versions, machine, corpora {name: {domain, structures, nodes, share}}
 trivial.json             describe_run: {domain: {objective: loss of a predictor that knows nothing}}
@@ -31,6 +32,7 @@ class RunFiles:
 
     directory: Path
     log: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     trivial: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class RunFiles:
         files = cls(
             directory=directory,
             log=_read_log(directory / "log.jsonl"),
+            events=_read_log(directory / "events.jsonl"),
             config=_read(directory / "config.json", {}),
             run=_read(directory / "run.json", {}),
             trivial=_read(directory / "trivial.json", {}),

@@ -39,6 +39,7 @@ REMOVED_KEYS = (
     "sparse_attention",
     "sparse_gradients",
 )
+REMOVED_ZERO_KEYS = ("mics_hierarchical_params_gather", "mics_shard_size", "zeropp_loco_param")
 OWNED_KEYS = {
     "optimizer": "optimizer",
     "scheduler": "optimizer",
@@ -186,7 +187,14 @@ def load_ds_config(
             raise InputError(f"{path}: {key!r} was removed from DeepSpeed and would be ignored; delete it")
         if key in OWNED_KEYS:
             raise InputError(f"{path}: {key!r} belongs to the recipe; set {OWNED_KEYS[key]} there and delete it here")
-    zero = settings.get("zero_optimization", {}).get("stage", 0) in (1, 2, 3)
+    zero_settings = settings.get("zero_optimization", {})
+    for key in REMOVED_ZERO_KEYS:
+        if key in zero_settings:
+            raise InputError(f"{path}: 'zero_optimization.{key}' was removed from DeepSpeed; delete it")
+    for key in ("offload_optimizer", "offload_param"):
+        if zero_settings.get(key, {}).get("device") == "nvme":
+            raise InputError(f"{path}: zero_optimization.{key} to nvme: checkpoints do not reach it; use cpu")
+    zero = zero_settings.get("stage", 0) in (1, 2, 3)
     fillings = {
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is counted in nodes and edges, not in structures
         "gradient_accumulation_steps": accumulation,
