@@ -2,7 +2,8 @@
 
     python benchmarks/engine_overhead.py
 
-The three loops train the same network on the same micro-batches in turns; the best round of each counts. Needs
+The three loops train the same network on the same micro-batches in turns. A ratio is the median over rounds of that
+of the two runs in the same round, since machines change their speed in the meantime. Needs
 `moiety data build` of the corpora of pretrain/configs/tiny.yaml (profile tiny).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -35,6 +37,10 @@ def seconds_per_step(script: Path, arguments: list[str], steps: int, out: Path) 
     return (clock[-1] - clock[0]) / (steps - EVERY)
 
 
+def ratio(a: list[float], b: list[float]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -53,11 +59,11 @@ def main() -> None:
                 out = Path(folder, f"{number} {name}".replace(" ", "_"))
                 rounds[name].append(seconds_per_step(script, arguments, args.steps, out))
                 console.print(f"round {number + 1} of {args.rounds}  {name}: {rounds[name][-1] * 1e3:.0f} ms a step")
-    best = {name: min(seconds) for name, seconds in rounds.items()}
-    table = Table("ZeRO", "DeepSpeed / DDP", "engine / DDP", "engine / DeepSpeed", title="seconds a step, best rounds")
+    table = Table("ZeRO", "DeepSpeed / DDP", "engine / DDP", "engine / DeepSpeed", title="time of a step, medians")
     for stage in STAGES:
-        bare, engine = best[f"DeepSpeed, ZeRO-{stage}"], best[f"engine, ZeRO-{stage}"]
-        table.add_row(str(stage), f"{bare / best['DDP']:.2f}", f"{engine / best['DDP']:.2f}", f"{engine / bare:.3f}")
+        bare, engine = rounds[f"DeepSpeed, ZeRO-{stage}"], rounds[f"engine, ZeRO-{stage}"]
+        ratios = (ratio(bare, rounds["DDP"]), ratio(engine, rounds["DDP"]), ratio(engine, bare))
+        table.add_row(str(stage), *(f"{value:.2f}" for value in ratios))
     console.print(table)
     machine = {"machine": platform.processor() or platform.machine(), "date": str(date.today()), "steps": args.steps}
     args.out.write_text(json.dumps({**machine, "seconds_per_step": rounds}, indent=1) + "\n")

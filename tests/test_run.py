@@ -313,7 +313,7 @@ def test_code_that_computes_something_else_is_noticed(two_steps: Path, tmp_path:
     probe = json.loads((out / "checkpoints/step_00000002/manifest.json").read_text())["probe"]
     probe["noise"][0] += 0.01
     reseal(out / "checkpoints/step_00000002", probe=probe)
-    with pytest.raises(InputError, match="its code has changed"):
+    with pytest.raises(InputError, match="its code, or weights that are not trained, have changed"):
         fit_here(out, "steps=2")
 
 

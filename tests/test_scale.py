@@ -223,6 +223,7 @@ def test_an_unknown_engine_is_refused(recipe: Path, tmp_path: Path):
         build(recipe, "full", tmp_path / "out", engine="spark")
 
 
+@pytest.mark.slow
 def test_reading_holds_nothing_that_grows_with_the_corpus():
     benchmark = Path(__file__).parents[1] / "benchmarks/corpus_scale.py"
     command = [sys.executable, str(benchmark), "--structures", "200000"]

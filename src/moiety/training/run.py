@@ -71,7 +71,8 @@ class Run:
         self.failed_saves = 0
         self._board = Board(path if rank == 0 and config.training.tensorboard else None)
         self._writer = Writer(self.checkpoints, rank, world_size)
-        self._saved_step: int | None = None  # by this process
+        self._pending = False  # a checkpoint was begun and not settled
+        self._last_saved = True
 
     @classmethod
     def open(cls, out: str | Path, config: Any, fresh: bool = False) -> Run:
@@ -158,24 +159,26 @@ class Run:
             except SaveFailed as error:
                 problem = str(error)
         if self._any_rank(bool(problem)):
+            self._last_saved = False
             self._tell_failure(problem)
             return
         snapshot = take_snapshot(engine, average, state["step"], {"state": state})
         self._writer.start(snapshot, keep)
-        self._saved_step = state["step"]
+        self._pending = True
 
     def settle(self) -> bool:
         """Waits until the checkpoint that was begun last is on the disk; False if it is not. Every process calls it."""
-        if self._saved_step is None:
-            return self.failed_saves == 0
+        if not self._pending:
+            return self._last_saved
         self._writer.wait_for_own_part()
         if self._any_rank(self._writer.failure is not None):
             self._writer.give_up()
         self._writer.wait()
-        if failed := self._any_rank(self._writer.failure is not None):
+        self._pending = False
+        self._last_saved = not self._any_rank(self._writer.failure is not None)
+        if not self._last_saved:
             self._tell_failure(self._writer.failure)
-        self._saved_step = None
-        return not failed
+        return self._last_saved
 
     def finish(self) -> None:
         """Waits for the last checkpoint.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moiety.errors import InputError
 from moiety.training.checkpoint import Pieces, Snapshot
@@ -13,6 +15,7 @@ from moiety.training.engine import WeightAverage
 from moiety.training.files import differences
 from moiety.training.fragments import (
     MOMENTS,
+    Fragment,
     local_fragments,
     master_weights,
     optimizer_state,
@@ -30,10 +33,7 @@ def take_snapshot(engine: Any, average: WeightAverage, step: int, facts: dict[st
     """Copies this rank's share of the state to the CPU. A collective under ZeRO-3, for the probe."""
     kinds = state_tensors(engine, average)
     share = own_share(engine, local_fragments(engine))
-    tensors = {
-        kind: torch.cat([of_masters[f.master].view(-1)[f.offset : f.offset + f.span.length] for f in share]).cpu()
-        for kind, of_masters in kinds.items()
-    }
+    tensors = {kind: _copied(of_masters, share) for kind, of_masters in kinds.items()}
     updates = {float(state["step"]) for state in optimizer_state(engine)}
     assert len(updates) == 1, "the optimizer updates all weights at every step, or none"
     said = probe_numbers(engine.module, engine.device)
@@ -45,6 +45,12 @@ def take_snapshot(engine: Any, average: WeightAverage, step: int, facts: dict[st
         shapes=parameter_shapes(engine.module),
         config=engine.module.config.to_json_string(),
     )
+
+
+def _copied(of_masters: Sequence[Tensor], share: Sequence[Fragment]) -> Tensor:
+    """The fragments one after the other, on the CPU; none where a rank holds nothing but padding."""
+    parts = [of_masters[f.master].view(-1)[f.offset : f.offset + f.span.length] for f in share]
+    return torch.cat(parts).cpu() if parts else torch.empty(0)
 
 
 @torch.no_grad()
@@ -67,11 +73,12 @@ def restore(engine: Any, average: WeightAverage, folder: Path, manifest: dict[st
     if off_by > LOOSE:
         raise InputError(
             f"{folder}: the weights are what was written, but the model says other things of the probe than it did "
-            f"(by {off_by:.1e} of their size): its code has changed. Use the versions in run.json, or --fresh"
+            f"(by {off_by:.1e} of their size): its code, or weights that are not trained, have changed. "
+            "Use the versions and files in run.json, or --fresh"
         )
 
 
-def state_tensors(engine: Any, average: WeightAverage) -> dict[str, list[torch.Tensor]]:
+def state_tensors(engine: Any, average: WeightAverage) -> dict[str, list[Tensor]]:
     """Kind of number -> a tensor for each master weight."""
     states = optimizer_state(engine)
     kinds = {"weight": master_weights(engine)} | {moment: [s[moment] for s in states] for moment in MOMENTS}

@@ -80,12 +80,19 @@ class Watchdog:
         own = json.loads(self._path(self.rank).read_text())
         write_json(self._path(self.rank), own | {"beats": self._beats, "phase": self._phase, "stack": stack})
         time.sleep(ANSWER)
-        reports = [json.loads(self._path(rank).read_text()) for rank in range(self.world_size)]
+        reports = [self._report(rank) for rank in range(self.world_size)]
         answers = [report for report in reports if "beats" in report]
         if self.rank == answers[0]["rank"]:
             print(diagnosis(reports, self.timeout), file=sys.stderr, flush=True)
             time.sleep(INTERVAL)  # the launcher kills the others as soon as one is gone
         os._exit(HUNG)
+
+    def _report(self, rank: int) -> dict[str, Any]:
+        """What a rank has written down; next to nothing where its files are elsewhere."""
+        try:
+            return json.loads(self._path(rank).read_text())
+        except OSError:
+            return {"rank": rank, "pid": "unknown", "host": "another machine"}
 
 
 def diagnosis(reports: list[dict[str, Any]], timeout: float) -> str:
