@@ -21,10 +21,11 @@ from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
 from moiety.testing import launched
-from moiety.testing.launched import Forked, largest_difference, read_log, repeatable
+from moiety.testing.launched import Forked, Launched, largest_difference, read_log, repeatable
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.export import check_export
 from moiety.training.loop import learning_rate
+from moiety.training.mixture import Mixture
 from moiety.training.plan import activation_bytes, make_plan, state_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -195,6 +196,16 @@ def test_the_plan_counts_what_is_kept_for_the_backward_pass(
     nodes, edges = len(inputs["positions"]), inputs["edge_index"].shape[1]
     assert output.loss is not None
     assert activation_bytes(config, nodes, edges, gathers) == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_planned_memory_is_the_peak_of_a_run(tmp_path: Path):
+    words = [f"data.sources=[{SAMPLES}]", "node_budget=1200", "edge_budget=40000", "micro_batches=1", "steps=12"]
+    config = load_config(PretrainConfig, CONFIGS / "tiny.yaml", words)
+    planned = make_plan(config, Mixture.open(config.data), flops_per_s=1.0).peak_bytes(0, 1)
+    run = Launched([sys.executable, TRAIN, "--config", CONFIGS / "tiny.yaml", *words], tmp_path / "run")
+    assert run.wait() == 0, run.output
+    assert planned == pytest.approx(read_log(run.out)[-1]["peak_memory_mib"] * 2**20, rel=0.2)
 
 
 def test_on_one_rank_zero_saves_nothing():

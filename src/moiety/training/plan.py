@@ -1,7 +1,8 @@
 """What a configuration will cost, before anything starts: parameters, memory per rank, FLOPs, time.
 
 Memory of the training state is exact for AdamW in fp32 with averaged weights (bf16 here means bf16 matrix products; the
-weights stay fp32). Activations and time are estimates, good to a factor of about 1.5.
+weights stay fp32). Activations are worked out for the fullest of some micro-batches that are looked at; time is an
+estimate, good to a factor of about 1.5.
 """
 # Shapes: N nodes, E edges, M = (lmax + 1)^2 components, C channels, D edge channels.
 
@@ -20,11 +21,15 @@ from moiety.errors import InputError
 from moiety.models.blocks_moiety import DegreeLinear, LocalAttention
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import PretrainConfig
 from moiety.training.mixture import Mixture
 
 STAGES = (0, 1, 2, 3)
 WORLD_SIZES = (1, 8, 64)
+LOOKED_AT = 16  # micro-batches of each source
+PROGRAM = 585 * 2**20  # bytes of a CPU process with torch, DeepSpeed and transformers, before it trains (measured)
+STEP = 1.4  # what a step takes at its peak, in activations that it keeps (measured, see benchmarks/planned_memory.py)
 SUSTAINED = 0.6  # share of the machine's matrix-product rate that a step reaches (measured on a CPU core)
 
 
@@ -40,6 +45,11 @@ class Plan:
     flops_per_step: float
     flops_per_s: float  # sustained, of this process's device
     steps: int
+
+    def peak_bytes(self, stage: int, world_size: int) -> float:
+        """What one rank holds at most, the whole process; on a GPU, where this has not been measured, of its memory."""
+        program = 0 if torch.cuda.is_available() else PROGRAM
+        return program + self.state_bytes[stage, world_size] + STEP * self.activation_bytes
 
     @property
     def seconds(self) -> float:
@@ -59,6 +69,7 @@ def make_plan(config: PretrainConfig, mixture: Mixture | None, flops_per_s: floa
     with torch.device("meta"):
         model = MoietyForPreTraining(shape)
     nodes, edges = _per_micro_batch(config, mixture)
+    fullest = _fullest(config, mixture, shape.cutoff)
     parameters = sum(p.numel() for p in model.parameters())
     return Plan(
         parameters=parameters,
@@ -67,15 +78,29 @@ def make_plan(config: PretrainConfig, mixture: Mixture | None, flops_per_s: floa
             for stage in STAGES
             for world in WORLD_SIZES
         },
-        activation_bytes=activation_bytes(
-            shape, config.data.node_budget, config.data.edge_budget, gathers=torch.cuda.is_available()
-        ),
+        activation_bytes=activation_bytes(shape, *fullest, gathers=torch.cuda.is_available()),
         nodes_per_step=nodes * config.data.micro_batches,
         edges_per_step=edges * config.data.micro_batches,
         flops_per_step=config.data.micro_batches * training_flops(model, nodes, edges),
         flops_per_s=flops_per_s or SUSTAINED * measure_flops_per_s(),
         steps=config.training.steps,
     )
+
+
+def _fullest(config: PretrainConfig, mixture: Mixture | None, cutoff: float) -> tuple[int, int]:
+    """Nodes of a micro-batch at its budget, and places in the largest table of neighbours: equally many for each node.
+
+    Crystals and proteins have nodes of few and of many neighbours, so that there are several times as many places as
+    edges; without corpora to look at, as many.
+    """
+    places = config.data.edge_budget
+    for source in mixture.sources if mixture is not None else ():
+        for position in range(min(LOOKED_AT, source.num_batches)):
+            batch = with_neighbors(collate(source.corpus.read(source.batch(position)[1])), cutoff)
+            assert batch.edge_index is not None
+            neighbors_N = torch.bincount(batch.edge_index[1], minlength=len(batch.node_type))
+            places = max(places, len(batch.node_type) * int(neighbors_N.max()))
+    return config.data.node_budget, places
 
 
 def state_bytes(parameters: int, stage: int, world_size: int, ema: bool) -> float:
@@ -159,12 +184,15 @@ def print_plan(config: PretrainConfig) -> None:
     console.print(f"parameters        {plan.parameters:,}")
     console.print(f"one step          {plan.nodes_per_step:,.0f} nodes, {plan.edges_per_step:,.0f} edges")
     console.print(f"FLOPs per step    {plan.flops_per_step:.2e}")
-    console.print(f"activations       {_size(plan.activation_bytes)} a micro-batch")
+    console.print(f"activations       {_size(plan.activation_bytes)} of the fullest micro-batch")
     rate = f"{plan.flops_per_s / 1e9:,.0f} GFLOP/s sustained"
     console.print(f"time, one device  {_duration(plan.seconds)} for {plan.steps:,} steps at {rate}")
-    table = Table("ZeRO", *(f"{world} ranks" for world in WORLD_SIZES), title="training state of one rank")
+    table = Table(
+        "ZeRO", *(f"{world} ranks" for world in WORLD_SIZES), title="one rank: training state, peak with a step"
+    )
     for stage in STAGES:
-        table.add_row(str(stage), *(_size(plan.state_bytes[stage, world]) for world in WORLD_SIZES))
+        cells = ((plan.state_bytes[stage, world], plan.peak_bytes(stage, world)) for world in WORLD_SIZES)
+        table.add_row(str(stage), *(f"{_size(state)}, {_size(peak)}" for state, peak in cells))
     console.print(table)
     if mixture is not None:
         _print_sources(console, config, mixture)
