@@ -68,6 +68,11 @@ class Started:
             time.sleep(0.02)
         return code
 
+    def stop(self, number: signal.Signals) -> int:
+        """Asks the first rank to stop; the run's exit code."""
+        self.ranks()[0].send_signal(number)
+        return self.wait()
+
     def until(self, happened: Callable[[], bool]) -> None:
         """Waits for something to happen while the run goes on."""
         deadline = time.monotonic() + PATIENCE

@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moiety.data.parts import sha256
 from moiety.errors import InputError
 from moiety.training.files import sync_folder, write_text
 from moiety.training.fragments import Span
@@ -222,7 +223,7 @@ def verify(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{path} is missing")
         if path.stat().st_size != entry["bytes"]:
             raise Damaged(f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        if _sha256(path) != entry["sha256"]:
+        if sha256(path) != entry["sha256"]:
             raise Damaged(f"{path} is damaged: its sha256 is not the manifest's")
     return manifest
 
@@ -291,12 +292,7 @@ def _settle(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _sealed(content: Mapping[str, Any]) -> str:

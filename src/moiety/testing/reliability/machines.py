@@ -1,4 +1,4 @@
-"""Promises about machines: launching on two of them, and what a run takes of one."""
+"""Promises about machines: a run on two of them."""
 
 from __future__ import annotations
 

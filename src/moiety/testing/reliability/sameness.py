@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moiety.testing.launched import Record, largest_difference, read_log, repeatable, train
-from moiety.testing.reliability.faults import stop
 from moiety.testing.reliability.workspace import SUBJECT, Row, Workspace
 from moiety.training.config import PretrainConfig, load_config
 from moiety.training.mixture import Mixture
@@ -23,7 +22,7 @@ def resumed_twice(space: Workspace, steps: int, ranks: int = 2) -> Row:
     for part in (steps // 3, 2 * steps // 3):
         run = space.start(name, *arguments, ranks=ranks)
         run.until_logged(part)
-        stop(run, signal.SIGTERM)
+        run.stop(signal.SIGTERM)
     records = space.run(name, *arguments, ranks=ranks)
     same = repeatable(records) == repeatable(space.undisturbed(*arguments, ranks=ranks))
     figure = f"{len(records)} steps {'bit-identical' if same else 'DIFFER'}"
@@ -36,7 +35,7 @@ def world_walk(space: Workspace, steps: int, path: Sequence[tuple[int, int]] = W
         run = space.start("walk", f"steps={steps}", f"ds=zero{stage}", ranks=ranks)
         if number + 1 < len(path):
             run.until_logged((number + 1) * steps // len(path))
-            stop(run, signal.SIGTERM)
+            run.stop(signal.SIGTERM)
         else:
             assert run.wait() == 0, run.output
     off_by = largest_difference(read_log(space.folder / "walk"), space.undisturbed(f"steps={steps}"))
