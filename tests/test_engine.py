@@ -15,18 +15,20 @@ import pytest
 import torch
 from ase.build import bulk
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
-from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
 from moiety.testing import launched
 from moiety.testing.launched import Forked, Launched, largest_difference, read_log, repeatable
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.export import check_export
+from moiety.training.flops import training_flops
 from moiety.training.loop import learning_rate
 from moiety.training.mixture import Mixture
-from moiety.training.plan import activation_bytes, make_plan, state_bytes
+from moiety.training.plan import STRATEGIES, Speed, activation_bytes, make_plan, state_bytes
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "pretrain/train.py"
@@ -166,10 +168,14 @@ def test_the_plan_of_a_large_configuration_starts_nothing(name: str, parameters:
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--out", str(tmp_path / "run"), "--plan"]
     assert train_script().main(arguments) == 0
     assert "FLOPs per step" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    plan = make_plan(load_config(PretrainConfig, CONFIGS / f"{name}.yaml"), None, flops_per_s=1e12)
+    plan = make_plan(load_config(PretrainConfig, CONFIGS / f"{name}.yaml"), None, Speed(1e12, 1e11))
     assert abs(plan.parameters / parameters - 1) < 0.1
-    memory = [plan.state_bytes[stage, 8] for stage in (0, 1, 2, 3)]
-    assert memory == sorted(memory, reverse=True) and memory[0] == 20 * plan.parameters
+    memory = [plan.state_bytes[strategy, 8] for strategy in STRATEGIES]
+    on_device = [state.device for state in memory]
+    assert on_device[:4] == sorted(on_device[:4], reverse=True) and on_device[0] == 20 * plan.parameters
+    for strategy in ("zero2", "zero3"):  # what is moved out is not lost
+        moved = plan.state_bytes[f"{strategy}_offload", 8]
+        assert moved.host > 0 and sum(moved) == plan.state_bytes[strategy, 8].device
 
 
 @pytest.mark.parametrize("gathers", [True, False])
@@ -198,18 +204,35 @@ def test_the_plan_counts_what_is_kept_for_the_backward_pass(
     assert activation_bytes(config, nodes, edges, gathers) == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(("lmax", "tasks"), [(1, None), (2, None), (2, {"energy": {"kind": "energy", "unit": "eV"}})])
+def test_the_work_of_a_step_is_what_torch_counts(lmax: int, tasks: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "moiety.models.geometry_moiety.available", lambda device: False
+    )  # sparse products are not counted
+    config = MoietyConfig(hidden_size=96, num_layers=4, num_heads=4, edge_channels=48, lmax=lmax, tasks=tasks)
+    inputs = MoietyProcessor(MoietyFeatureExtractor())([bulk("Cu", cubic=True) * (3, 3, 3)])
+    model = (MoietyForPrediction if tasks else MoietyForPreTraining)(config).train()
+    with FlopCounterMode(display=False) as counter:
+        if tasks:
+            model(**inputs).predictions["forces"].square().sum().backward()
+        else:
+            model(**inputs, noise_target=torch.zeros_like(inputs["positions"])).loss.backward()
+    estimate = training_flops(model, len(inputs["positions"]), inputs["edge_index"].shape[1])
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.2)
+
+
 @pytest.mark.slow
 def test_the_planned_memory_is_the_peak_of_a_run(tmp_path: Path):
     words = [f"data.sources=[{SAMPLES}]", "node_budget=1200", "edge_budget=40000", "micro_batches=1", "steps=12"]
     config = load_config(PretrainConfig, CONFIGS / "tiny.yaml", words)
-    planned = make_plan(config, Mixture.open(config.data), flops_per_s=1.0).peak_bytes(0, 1)
+    planned = make_plan(config, Mixture.open(config.data), Speed(1.0, 1.0)).peak_bytes("zero0", 1)
     run = Launched([sys.executable, TRAIN, "--config", CONFIGS / "tiny.yaml", *words], tmp_path / "run")
     assert run.wait() == 0, run.output
     assert planned == pytest.approx(read_log(run.out)[-1]["peak_memory_mib"] * 2**20, rel=0.2)
 
 
 def test_on_one_rank_zero_saves_nothing():
-    assert state_bytes(1000, 3, 1, ema=True) == state_bytes(1000, 0, 64, ema=True) == 20_000
+    assert state_bytes(1000, "zero3", 1, ema=True) == state_bytes(1000, "zero0", 64, ema=True) == (20_000, 0)
 
 
 def test_the_first_step_has_a_learning_rate_and_the_last_has_the_final_one():

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moiety.data.parts import sha256
@@ -38,7 +38,7 @@ from moiety.training.fragments import Span
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-FORMAT = 1
+FORMAT = 2
 POLL = 0.02  # s between two looks for the other ranks' files
 SPARE = 1.05  # room that is asked for, in sizes of the checkpoint
 
@@ -285,8 +285,9 @@ def _settle(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Any]:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it, whatever the umask
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    found = load_file(path)
-    if not all(torch.equal(found[name], tensor) for name, tensor in expected.items()):
+    with safe_open(path, "pt") as found:  # one after the other: all of them are already held once
+        same = all(torch.equal(found.get_tensor(name), tensor) for name, tensor in expected.items())
+    if not same:
         raise SaveFailed(f"{path} reads back other than it was written")
     return _entry(path)
 

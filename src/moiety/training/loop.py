@@ -22,6 +22,7 @@ from moiety.tokens.batch import Batch, collate, with_neighbors
 from moiety.training.compiled import compile_model
 from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.engine import WeightAverage, apply_step, refuse_disagreement, set_lr, start_engine
+from moiety.training.flops import Work
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 from moiety.training.signals import StopSignals
@@ -54,6 +55,7 @@ def fit(
     run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
     for problem in mixture.damaged.values():
         run.progress.note(f"left out: {problem}")
+    work = Work.of(model, training.precision, run.world_size)
     if training.checkpoint_activations:
         model.activation_checkpointing_enable()  # type: ignore[operator]
     if training.compile:
@@ -65,7 +67,7 @@ def fit(
     with StopSignals() as stop, Watchdog(run.path, run.rank, run.world_size, training.hang_timeout_s) as watchdog:
         state: dict[str, Any] = run.resume(engine, average, mixture.facts) or start_state()
         state["mixture"] = mixture.facts
-        window = Window(objectives, watchdog.beat, state["window"])
+        window = Window(objectives, work, watchdog.beat, state["window"])
         started = time.perf_counter() - state["elapsed_s"]
         engine.train()
 
@@ -92,7 +94,7 @@ def fit(
             last, stopping = step + 1 == training.steps, bool(sums.stop > 0)
             if last or (step + 1) % training.log_every == 0:
                 run.log(window.record(state, lr, run.failed_saves), training.steps)
-                window = Window(objectives, watchdog.beat)
+                window = Window(objectives, work, watchdog.beat)
             if last or stopping or (step + 1) % training.checkpoint_every == 0:
                 with window.timed("save"):
                     run.save(engine, average, state | {"window": window.state()}, training.keep_checkpoints)

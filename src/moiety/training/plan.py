@@ -2,35 +2,53 @@
 
 Memory of the training state is exact for AdamW in fp32 with averaged weights (bf16 here means bf16 matrix products; the
 weights stay fp32). Activations are worked out for the fullest of some micro-batches that are looked at; time is an
-estimate, good to a factor of about 1.5.
+estimate. benchmarks/planned.py has both beside what runs take; on a GPU neither has been measured.
 """
 # Shapes: N nodes, E edges, M = (lmax + 1)^2 components, C channels, D edge channels.
 
 from __future__ import annotations
 
-import math
-import time
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from moiety.errors import InputError
-from moiety.models.blocks_moiety import DegreeLinear, LocalAttention
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import PretrainConfig
-from moiety.training.mixture import Mixture
+from moiety.training.flops import fastest, matrix_rate, training_flops
+from moiety.training.mixture import Mixture, Source
 
-STAGES = (0, 1, 2, 3)
+STRATEGIES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")  # in launch/ds
 WORLD_SIZES = (1, 8, 64)
 LOOKED_AT = 16  # micro-batches of each source
 PROGRAM = 585 * 2**20  # bytes of a CPU process with torch, DeepSpeed and transformers, before it trains (measured)
-STEP = 1.4  # what a step takes at its peak, in activations that it keeps (measured, see benchmarks/planned_memory.py)
-SUSTAINED = 0.6  # share of the machine's matrix-product rate that a step reaches (measured on a CPU core)
+STEP = 1.4  # what a step takes at its peak, in activations that it keeps (measured)
+WIDTH = 120  # of what is printed to a file
+BUCKETS = 2 * 50_000_000  # numbers in the buffers through which gradients and weights travel, in the JSONs of launch/ds
+LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered at most, DeepSpeed's stage3_max_live_parameters
+MATRIX, MEMORY = 2.8, 40  # a step's time in that of its matrix products and of a copy of its activations (measured)
+AGAIN = 4 / 3  # of that where activations are computed again
+
+
+class StateBytes(NamedTuple):
+    """Weights, gradients, moments and averages of one rank: on its device, and moved out to its host."""
+
+    device: float
+    host: float
+
+
+class Speed(NamedTuple):
+    """Of one process: a large matrix product, and bytes read and written by a copy."""
+
+    flops_per_s: float
+    bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -38,32 +56,41 @@ class Plan:
     """The figures behind `--plan`; `print_plan` shows them."""
 
     parameters: int
-    state_bytes: dict[tuple[int, int], float]  # (ZeRO stage, world size) -> training state of one rank
+    state_bytes: dict[tuple[str, int], StateBytes]  # by strategy and world size
     activation_bytes: float  # of one micro-batch at its budget
+    structures_per_step: float | None  # None where there are no corpora to count them in
     nodes_per_step: float
     edges_per_step: float
     flops_per_step: float
-    flops_per_s: float  # sustained, of this process's device
+    seconds_per_step: float  # on this one device
+    seconds_per_epoch: list[float]  # of each corpus by itself
     steps: int
 
-    def peak_bytes(self, stage: int, world_size: int) -> float:
-        """What one rank holds at most, the whole process; on a GPU, where this has not been measured, of its memory."""
-        program = 0 if torch.cuda.is_available() else PROGRAM
-        return program + self.state_bytes[stage, world_size] + STEP * self.activation_bytes
+    def peak_bytes(self, strategy: str, world_size: int) -> float:
+        """What one rank holds at most: of its GPU's memory, or the whole process, with its host part, on a CPU."""
+        state = self.state_bytes[strategy, world_size]
+        outside = 0.0 if torch.cuda.is_available() else PROGRAM + state.host
+        numbers = 0.0
+        if strategy != "zero0":
+            numbers += min(2 * self.parameters, BUCKETS)
+        if strategy.startswith("zero3"):  # and more copies of its share (measured)
+            numbers += min(self.parameters, LIVE) + 3 * self.parameters / world_size
+        return outside + state.device + 4 * numbers + STEP * self.activation_bytes
 
-    @property
-    def seconds(self) -> float:
-        """For all steps on this one device."""
-        return self.steps * self.flops_per_step / self.flops_per_s
 
-
-def make_plan(config: PretrainConfig, mixture: Mixture | None, flops_per_s: float | None = None) -> Plan:
+def make_plan(
+    config: PretrainConfig,
+    mixture: Mixture | None,
+    speed: Speed | None = None,
+    world_sizes: Sequence[int] = WORLD_SIZES,
+) -> Plan:
     """Works a configuration out on the meta device.
 
     Args:
         config: the run.
         mixture: its opened corpora; None where they are not built, then micro-batches count as full.
-        flops_per_s: sustained rate; measured on this machine when not given.
+        speed: of this process; measured when not given.
+        world_sizes: numbers of ranks.
     """
     shape = config.model_config()
     with torch.device("meta"):
@@ -71,18 +98,28 @@ def make_plan(config: PretrainConfig, mixture: Mixture | None, flops_per_s: floa
     nodes, edges = _per_micro_batch(config, mixture)
     fullest = _fullest(config, mixture, shape.cutoff)
     parameters = sum(p.numel() for p in model.parameters())
+    speed = speed or measure_speed(config.training.precision)
+    again, gathers = config.training.checkpoint_activations, torch.cuda.is_available()
+
+    def seconds(nodes: float, edges: float) -> float:
+        kept = activation_bytes(shape, nodes, edges, gathers)
+        once = MATRIX * training_flops(model, nodes, edges) / speed.flops_per_s + MEMORY * kept / speed.bytes_per_s
+        return once * AGAIN if again else once
+
     return Plan(
         parameters=parameters,
         state_bytes={
-            (stage, world): state_bytes(parameters, stage, world, config.optimizer.ema > 0)
-            for stage in STAGES
-            for world in WORLD_SIZES
+            (strategy, world): state_bytes(parameters, strategy, world, config.optimizer.ema > 0)
+            for strategy in STRATEGIES
+            for world in world_sizes
         },
-        activation_bytes=activation_bytes(shape, *fullest, gathers=torch.cuda.is_available()),
+        activation_bytes=activation_bytes(shape, *fullest, gathers, again),
+        structures_per_step=config.data.micro_batches * _structures(mixture) if mixture is not None else None,
         nodes_per_step=nodes * config.data.micro_batches,
         edges_per_step=edges * config.data.micro_batches,
         flops_per_step=config.data.micro_batches * training_flops(model, nodes, edges),
-        flops_per_s=flops_per_s or SUSTAINED * measure_flops_per_s(),
+        seconds_per_step=config.data.micro_batches * seconds(nodes, edges),
+        seconds_per_epoch=[seconds(*_totals(source)) for source in mixture.sources] if mixture is not None else [],
         steps=config.training.steps,
     )
 
@@ -103,11 +140,13 @@ def _fullest(config: PretrainConfig, mixture: Mixture | None, cutoff: float) -> 
     return config.data.node_budget, places
 
 
-def state_bytes(parameters: int, stage: int, world_size: int, ema: bool) -> float:
+def state_bytes(parameters: int, strategy: str, world_size: int, ema: bool) -> StateBytes:
     """Bytes of weights, gradients, AdamW moments and averages on one rank.
 
     ZeRO-1 shards the moments, the averages and an fp32 master copy; ZeRO-2 the gradients too; ZeRO-3 everything.
+    What is sharded can lie in the memory of the host.
     """
+    stage, offload = int(strategy[4]), strategy.endswith("_offload")
     weights = gradients = average = 4.0 * parameters
     moments = 8.0 * parameters
     master = weights if stage in (1, 2) else 0.0
@@ -117,10 +156,12 @@ def state_bytes(parameters: int, stage: int, world_size: int, ema: bool) -> floa
         sharded, whole = sharded + gradients, whole - gradients
     if stage == 3:
         sharded, whole = sharded + weights, whole - weights
-    return sharded + whole if stage == 0 else sharded / world_size + whole
+    if stage > 0:
+        sharded /= world_size
+    return StateBytes(whole, sharded) if offload else StateBytes(whole + sharded, 0.0)
 
 
-def activation_bytes(config: MoietyConfig, nodes: int, edges: int, gathers: bool) -> float:
+def activation_bytes(config: MoietyConfig, nodes: float, edges: float, gathers: bool, again: bool = False) -> float:
     """fp32 tensors that one micro-batch keeps for its backward pass; the coefficients are fitted to counts of them.
 
     Args:
@@ -128,53 +169,33 @@ def activation_bytes(config: MoietyConfig, nodes: int, edges: int, gathers: bool
         nodes: of the micro-batch.
         edges: places in its table of neighbours: as many as edges where all nodes have the same number of them.
         gathers: whether the neighbours' features are gathered (GPU, compiled) or multiplied sparsely (CPU).
+        again: whether each block keeps what enters it only, and computes its inside again (activation checkpointing).
     """
     steerable = nodes * (config.lmax + 1) ** 2 * config.hidden_size
     of_edge = 3.1 + (config.lmax + 1) ** 2 * gathers
     per_block = 9.5 * steerable + 15 * nodes * config.hidden_size + of_edge * edges * config.edge_channels
     num_global = config.num_layers // config.global_every if config.global_every else 0
+    if again:
+        return 4.0 * (config.num_layers * steerable + 2 * per_block + (2.8 * steerable if num_global else 0.0))
     return 4.0 * (config.num_layers * per_block + num_global * 2.8 * steerable)
 
 
-def training_flops(model: nn.Module, nodes: float, edges: float) -> float:
-    """Forward and backward of one micro-batch: three times the forward's matrix products.
-
-    A Linear costs 2 * rows * in * out, with 2l + 1 rows a node at degree l, one row an edge for the maps of radial
-    features, one row a node elsewhere. Aggregation over edges adds three products of M * D per edge and block.
-    """
-    flops = 0.0
-    seen: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, DegreeLinear):
-            for degree, linear in enumerate(module.degrees):
-                flops += _linear_flops(linear, nodes * (2 * degree + 1))
-                seen.add(linear)
-        elif isinstance(module, LocalAttention):
-            flops += _linear_flops(module.filter, edges)
-            seen.add(module.filter)
-            per_channel = 2 * edges * (module.lmax + 1) ** 2
-            flops += per_channel * (module.filter.out_features + 2 * module.width)  # angles; built and moved
-    others = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in seen]
-    return 3 * (flops + sum(_linear_flops(linear, nodes) for linear in others))
+def measure_speed(precision: str) -> Speed:
+    """Of this process, on its GPU where there is one, with matrix products in a `training.precision`."""
+    return Speed(matrix_rate(precision), _copy_rate())
 
 
-def measure_flops_per_s() -> float:
-    """fp32 matrix-product rate of this process (device 0 where there is a GPU), FLOP/s."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 768
-    a = torch.randn(size, size, device=device)
-    float((a @ a)[0, 0])  # the first one starts the libraries
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the result
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def _copy_rate() -> float:
+    """Bytes/s read and written."""
+    on_gpu = torch.cuda.is_available()
+    a = torch.ones((256 if on_gpu else 32) * 2**20, device="cuda" if on_gpu else "cpu")
+    b = torch.empty_like(a)
+    return 2 * a.element_size() * a.numel() / fastest(lambda: b.copy_(a))
 
 
 def print_plan(config: PretrainConfig) -> None:
     """Prints the plan on stdout."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     try:
         mixture = Mixture.open(config.data)
     except InputError as error:
@@ -182,32 +203,48 @@ def print_plan(config: PretrainConfig) -> None:
         console.print(f"[yellow]no corpora yet, counting full micro-batches:[/yellow] {error}", soft_wrap=True)
     plan = make_plan(config, mixture)
     console.print(f"parameters        {plan.parameters:,}")
-    console.print(f"one step          {plan.nodes_per_step:,.0f} nodes, {plan.edges_per_step:,.0f} edges")
+    structures = "" if plan.structures_per_step is None else f"{plan.structures_per_step:,.0f} structures, "
+    console.print(f"one step          {structures}{plan.nodes_per_step:,.0f} nodes, {plan.edges_per_step:,.0f} edges")
     console.print(f"FLOPs per step    {plan.flops_per_step:.2e}")
     console.print(f"activations       {_size(plan.activation_bytes)} of the fullest micro-batch")
-    rate = f"{plan.flops_per_s / 1e9:,.0f} GFLOP/s sustained"
-    console.print(f"time, one device  {_duration(plan.seconds)} for {plan.steps:,} steps at {rate}")
-    table = Table(
-        "ZeRO", *(f"{world} ranks" for world in WORLD_SIZES), title="one rank: training state, peak with a step"
-    )
-    for stage in STAGES:
-        cells = ((plan.state_bytes[stage, world], plan.peak_bytes(stage, world)) for world in WORLD_SIZES)
-        table.add_row(str(stage), *(f"{_size(state)}, {_size(peak)}" for state, peak in cells))
-    console.print(table)
+    console.print(f"speed, one device {_throughput(plan)}")
+    console.print(f"time, one device  {_duration(plan.steps * plan.seconds_per_step)} for {plan.steps:,} steps")
+    console.print(_memory_table(plan))
     if mixture is not None:
-        _print_sources(console, config, mixture)
+        _print_sources(console, config, mixture, plan)
 
 
-def _print_sources(console: Console, config: PretrainConfig, mixture: Mixture) -> None:
-    columns = ("structures", "nodes", "micro-batches", "steps an epoch", "epochs", "of work", "of structures", "unused")
-    table = Table("corpus", "domain", *columns, title="data")
-    shares = zip(mixture.sources, mixture.shares, mixture.structure_shares, strict=True)
-    for source, share, drawn in shares:
+def _throughput(plan: Plan) -> str:
+    structures = (
+        f"{plan.structures_per_step / plan.seconds_per_step:,.0f} structures/s, " if plan.structures_per_step else ""
+    )
+    return f"{structures}{plan.nodes_per_step / plan.seconds_per_step:,.0f} nodes/s"
+
+
+def _memory_table(plan: Plan) -> Table:
+    title = "one rank: training state (+ moved to the host), peak with a step"
+    table = Table("ds", *(f"{world} ranks" for world in WORLD_SIZES), title=title)
+    for strategy in STRATEGIES:
+        cells = []
+        for world in WORLD_SIZES:
+            state = plan.state_bytes[strategy, world]
+            host = f" + {_size(state.host)}" if state.host else ""
+            cells.append(f"{_size(state.device)}{host}, {_size(plan.peak_bytes(strategy, world))}")
+        table.add_row(strategy, *cells)
+    return table
+
+
+def _print_sources(console: Console, config: PretrainConfig, mixture: Mixture, plan: Plan) -> None:
+    columns = ("structures", "micro-batches", "steps an epoch", "an epoch alone", "epochs")
+    table = Table("corpus", "domain", *columns, "of work", "of structures", "unused", title="data")
+    shares = zip(mixture.sources, mixture.shares, mixture.structure_shares, plan.seconds_per_epoch, strict=True)
+    for source, share, drawn, seconds in shares:
         steps = source.num_batches / (share * config.data.micro_batches)
-        row = (len(source.corpus), int(source.corpus.num_nodes.sum()), source.num_batches, round(steps))
-        percent = (f"{value:.1%}" for value in (share, drawn, 1 - source.budget_used))
+        row = (len(source.corpus), source.num_batches, round(steps))
         epochs = f"{config.training.steps / steps:.1f}"
-        table.add_row(source.name, source.corpus.domain, *(f"{n:,}" for n in row), epochs, *percent)
+        percent = (f"{value:.1%}" for value in (share, drawn, 1 - source.budget_used))
+        alone = _duration(seconds)  # on one device
+        table.add_row(source.name, source.corpus.domain, *(f"{n:,}" for n in row), alone, epochs, *percent)
     console.print(table)
 
 
@@ -217,13 +254,21 @@ def _per_micro_batch(config: PretrainConfig, mixture: Mixture | None) -> tuple[f
         return float(config.data.node_budget), float(config.data.edge_budget)
     nodes = edges = 0.0
     for source, share in zip(mixture.sources, mixture.shares, strict=True):
-        nodes += float(share) / source.num_batches * int(source.corpus.num_nodes.sum())
-        edges += float(share) / source.num_batches * int(source.corpus.num_edges.sum())
+        of_nodes, of_edges = _totals(source)
+        nodes += float(share) / source.num_batches * of_nodes
+        edges += float(share) / source.num_batches * of_edges
     return nodes, edges
 
 
-def _linear_flops(linear: nn.Module, rows: float) -> float:
-    return 2 * rows * linear.in_features * linear.out_features  # type: ignore[operator]
+def _structures(mixture: Mixture) -> float:
+    """Mean number in a micro-batch, over sources by weight."""
+    shares = zip(mixture.sources, mixture.shares, strict=True)
+    return sum(float(share) / source.num_batches * len(source.corpus) for source, share in shares)
+
+
+def _totals(source: Source) -> tuple[float, float]:
+    """Nodes and edges of a corpus."""
+    return float(source.corpus.num_nodes.sum()), float(source.corpus.num_edges.sum())
 
 
 def _size(num_bytes: float) -> str:

@@ -15,8 +15,10 @@ from torch import Tensor
 from moiety.models.vocabulary_moiety import DOMAINS
 from moiety.objectives import Objective
 from moiety.tokens.batch import Batch
+from moiety.training.flops import Work
 
 PHASES: tuple[str, ...] = ("data", "neighbours", "forward", "backward", "step", "save")
+COUNTS = 3  # structures, nodes, edges
 
 
 class StepSums:
@@ -26,10 +28,10 @@ class StepSums:
         """`first` is the number of the step's first micro-batch, over all ranks."""
         num_terms = len(DOMAINS) * num_objectives * 2
         self.numbers = range(first, first + micro_batches)
-        self.flat = torch.zeros(num_terms + 2 + micro_batches + 1, dtype=torch.float64, device=device)
-        self.logged = self.flat[: num_terms + 2]  # terms, structures, nodes
+        self.flat = torch.zeros(num_terms + COUNTS + micro_batches + 1, dtype=torch.float64, device=device)
+        self.logged = self.flat[: num_terms + COUNTS]  # terms, counts
         self.stop = self.flat[-1]  # ranks that were asked to stop
-        self._not_finite_m = self.flat[num_terms + 2 : -1]
+        self._not_finite_m = self.flat[num_terms + COUNTS : -1]
         self._terms_DO2 = self.flat[:num_terms].view(len(DOMAINS), num_objectives, 2)  # sum of loss, sum of weight
 
     @property
@@ -41,8 +43,9 @@ class StepSums:
         self._not_finite_m[number - self.numbers.start] = ~torch.isfinite(loss.detach())
 
     def add_batch(self, batch: Batch) -> None:
-        self.logged[-2] += batch.num_structures
-        self.logged[-1] += len(batch.node_type)
+        assert batch.edge_index is not None
+        sizes = (batch.num_structures, len(batch.node_type), batch.edge_index.shape[1])
+        self.logged[-COUNTS:] += torch.tensor(sizes, dtype=torch.float64).to(self.flat.device)
 
     def add_terms(self, objective: int, batch: Batch, loss_B: Tensor, weight_B: Tensor) -> None:
         terms_B2 = torch.stack([loss_B.detach(), weight_B], dim=-1).double()
@@ -53,19 +56,22 @@ class Window:
     """Sums over the steps since the last record. Losses are global; times are rank 0's own."""
 
     def __init__(
-        self, objectives: Sequence[Objective], beat: Callable[[str], None], state: dict[str, Any] | None = None
+        self,
+        objectives: Sequence[Objective],
+        work: Work,
+        beat: Callable[[str], None],
+        state: dict[str, Any] | None = None,
     ) -> None:
         """`beat` is told of every phase that begins; `state` is what an earlier process had of this window."""
+        self._work = work
         self._beat = beat
         self._objectives = objectives
-        num_sums = len(DOMAINS) * len(objectives) * 2 + 2
+        num_sums = len(DOMAINS) * len(objectives) * 2 + COUNTS
         self._sums = torch.tensor(state["sums"] if state else [0.0] * num_sums, dtype=torch.float64)
         self._grad_norms: list[float] = list(state["grad_norms"]) if state else []
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._started = time.perf_counter()
-        self._structures_before = self._nodes_before = 0.0  # of the resumed part: not done in this process's time
-        if state:
-            self._structures_before, self._nodes_before = state["sums"][-2:]
+        self._before = self._sums[-COUNTS:].clone()  # of the resumed part: not done in this process's time
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -86,7 +92,7 @@ class Window:
         return self._loss(sums.logged.cpu())
 
     def _loss(self, sums: Tensor) -> float:
-        loss_O, weight_O = sums[:-2].view(len(DOMAINS), len(self._objectives), 2).sum(0).unbind(-1)
+        loss_O, weight_O = sums[:-COUNTS].view(len(DOMAINS), len(self._objectives), 2).sum(0).unbind(-1)
         means_O = (loss_O / weight_O.clamp(min=1)).tolist()
         return sum(o.weight * mean for o, mean in zip(self._objectives, means_O, strict=True))
 
@@ -96,9 +102,9 @@ class Window:
 
     def record(self, state: dict[str, Any], lr: float, failed_saves: int) -> dict[str, Any]:
         """The log record of these steps: mean losses over all scored items, rates, shares of the time."""
-        terms_DO2 = self._sums[:-2].view(len(DOMAINS), len(self._objectives), 2)
+        terms_DO2 = self._sums[:-COUNTS].view(len(DOMAINS), len(self._objectives), 2)
         elapsed = time.perf_counter() - self._started
-        structures, nodes = self._sums[-2:].tolist()
+        structures, nodes, edges = (self._sums[-COUNTS:] - self._before).tolist()
         busy = sum(self._seconds.values())
         return {
             "step": state["step"],
@@ -108,8 +114,9 @@ class Window:
             },
             "grad_norm": sum(self._grad_norms) / max(1, len(self._grad_norms)),
             "lr": lr,
-            "structures_per_s": round((structures - self._structures_before) / elapsed, 1),
-            "nodes_per_s": round((nodes - self._nodes_before) / elapsed, 1),
+            "structures_per_s": round(structures / elapsed, 1),
+            "nodes_per_s": round(nodes / elapsed, 1),
+            "mfu": round(self._work.utilization(nodes, edges, elapsed), 4),
             "skipped_steps": state["skipped_steps"],
             "failed_saves": failed_saves,
             "loss_spikes": state["loss_spikes"],

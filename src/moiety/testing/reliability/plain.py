@@ -22,6 +22,7 @@ from moiety.objectives import build_objectives
 from moiety.tokens.batch import Batch
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.engine import adamw, apply_step, set_lr, start_distributed, start_engine
+from moiety.training.flops import Work
 from moiety.training.loop import count_scored, learning_rate, own_seed, prepare, start_state, step_loss
 from moiety.training.mixture import Mixture
 from moiety.training.window import StepSums, Window
@@ -85,7 +86,8 @@ def main() -> None:
         else start_engine(model, config.optimizer, config.training, per_step)
     )
     state = start_state()
-    window = Window(objectives, lambda phase: None)
+    work = Work.of(model, config.training.precision, world)
+    window = Window(objectives, work, lambda phase: None)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for step in range(config.training.steps):
@@ -113,7 +115,7 @@ def main() -> None:
             if rank == 0:
                 with (args.out / "log.jsonl").open("a") as log:
                     log.write(json.dumps(window.record(state, lr, 0)) + "\n")
-            window = Window(objectives, lambda phase: None)
+            window = Window(objectives, work, lambda phase: None)
 
 
 if __name__ == "__main__":

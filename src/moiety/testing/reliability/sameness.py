@@ -12,7 +12,8 @@ from moiety.training.config import PretrainConfig, load_config
 from moiety.training.mixture import Mixture
 
 ROUNDING = 1e-6  # relative: other orders of the same fp32 sums
-WALK = ((1, 0), (2, 3), (4, 2), (2, 1), (1, 3))  # processes, ZeRO stage
+STAGES = ("0", "1", "2", "3", "2_offload", "3_offload")  # zero0 ... in launch/ds
+WALK = ((1, "0"), (2, "3_offload"), (4, "2"), (2, "1"), (1, "3"))  # processes, ZeRO stage
 BF16_MEAN, BF16_STEP = 0.001, 0.01  # relative, of losses
 
 
@@ -29,7 +30,7 @@ def resumed_twice(space: Workspace, steps: int, ranks: int = 2) -> Row:
     return Row("resumed, and resumed again", figure, same and len(records) == steps)
 
 
-def world_walk(space: Workspace, steps: int, path: Sequence[tuple[int, int]] = WALK) -> Row:
+def world_walk(space: Workspace, steps: int, path: Sequence[tuple[int, str]] = WALK) -> Row:
     """1-2-4-2-1 processes, each at another ZeRO stage, against one process."""
     for number, (ranks, stage) in enumerate(path):
         run = space.start("walk", f"steps={steps}", f"ds=zero{stage}", ranks=ranks)
@@ -43,12 +44,12 @@ def world_walk(space: Workspace, steps: int, path: Sequence[tuple[int, int]] = W
     return Row(f"{processes} processes, ZeRO {stages}", f"{steps} steps within {off_by:.1e}", off_by < ROUNDING)
 
 
-def parity(space: Workspace, steps: int, stages: tuple[int, ...] = (0, 1, 2, 3)) -> Row:
+def parity(space: Workspace, steps: int, stages: Sequence[str] = STAGES) -> Row:
     """Two ranks at every ZeRO stage, mixed domains across them, against one process."""
     return _parity(space, steps, stages, "domains mixed")
 
 
-def conservative_parity(space: Workspace, steps: int, stages: tuple[int, ...] = (0, 1, 2)) -> Row:
+def conservative_parity(space: Workspace, steps: int, stages: Sequence[str] = STAGES[:3]) -> Row:
     """The same with exact forces, which are derivatives inside the forward pass.
 
     At a tenth of the learning rate: at the full one a difference in rounding grows from 1e-7 to 2e-4 in 100 steps.
@@ -56,7 +57,7 @@ def conservative_parity(space: Workspace, steps: int, stages: tuple[int, ...] = 
     return _parity(space, steps, stages, "exact forces", "--forces", "lr=1e-4")
 
 
-def _parity(space: Workspace, steps: int, stages: tuple[int, ...], what: str, *arguments: object) -> Row:
+def _parity(space: Workspace, steps: int, stages: Sequence[str], what: str, *arguments: object) -> Row:
     words = (*arguments, f"steps={steps}")
     alone = space.undisturbed(*words)
     off_by = {s: largest_difference(space.undisturbed(*words, f"ds=zero{s}", ranks=2), alone) for s in stages}

@@ -45,7 +45,7 @@ QUICK: list[Check] = [  # under a minute on two cores
     partial(killed, kills=2),
     partial(flipped_bytes, each=4),
     partial(resumed_twice, steps=24),
-    partial(parity, steps=10, stages=(0, 3)),
+    partial(parity, steps=10, stages=("0", "3")),
     damaged_shard,
     stale_lock,
     exactly_once,
