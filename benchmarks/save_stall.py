@@ -6,6 +6,7 @@ tiny.yaml, whose steps are short, with a checkpoint every fifth step. Needs its 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from pathlib import Path
@@ -29,7 +30,7 @@ def main() -> None:
         for ranks, ds in ((1, "zero0"), (2, "zero0"), (2, "zero2"), (2, "zero3")):
             arguments = ["--config", ROOT / "pretrain/configs/tiny.yaml", f"ds={ds}", *words]
             records = train(ROOT / "pretrain/train.py", arguments, Path(folder, f"{ds}_{ranks}"), ranks)
-            elapsed = [b["elapsed_s"] - a["elapsed_s"] for a, b in zip(records, records[1:], strict=False)]
+            elapsed = [b["elapsed_s"] - a["elapsed_s"] for a, b in itertools.pairwise(records)]
             stalls = [record["time"]["save"] * s for record, s in zip(records[1:], elapsed, strict=True)]
             step = statistics.median(s - stall for s, stall in zip(elapsed, stalls, strict=True)) / EVERY
             median = statistics.median(stalls)

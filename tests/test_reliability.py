@@ -71,6 +71,10 @@ def test_two_ranks_at_any_zero_stage_are_one_process(space: Workspace):
     holds(sameness.parity(space, steps=10, stages=("1",)))
 
 
+def test_workers_prepare_the_same_micro_batches(space: Workspace):
+    holds(sameness.prepared_ahead(space, steps=10))
+
+
 def test_two_ranks_are_plain_ddp(space: Workspace):
     holds(sameness.plain_ddp(space, steps=10))
 

@@ -105,14 +105,15 @@ class Launched(Started):
         return self.process.poll()
 
     def ranks(self) -> dict[int, psutil.Process]:
-        found = {}
+        found: dict[int, psutil.Process] = {}
         for process in [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]:
             try:
                 environment = process.environ()
                 is_rank = "LOCAL_RANK" in environment and "python" in process.name()
+                is_worker = process.parent() in found.values()
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
-            if is_rank:
+            if is_rank and not is_worker:
                 found[int(environment["LOCAL_RANK"])] = process
         return found
 

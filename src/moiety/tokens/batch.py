@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from moiety.data.structure import Structure
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
 
 NODE_TARGETS = ("noise", "types")  # targets with one entry per node; all others have one per structure
+NOT_TENSORS = ("targets", "ids")
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,17 @@ class Batch:
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a model's forward."""
-        not_inputs = {"targets", "ids"}
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in not_inputs}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_TENSORS}
         return {name: value for name, value in values.items() if value is not None}
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            f.name: value.to(device)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return self.replace(**moved, targets={name: t.to(device) for name, t in self.targets.items()})
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Any], Any]) -> Batch:
+        """The batch with every tensor, or what stands in its place, changed."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_TENSORS}
+        changed = {name: change(value) for name, value in fields.items() if value is not None}
+        return self.replace(**changed, targets={name: change(value) for name, value in self.targets.items()})
 
 
 def collate(structures: list[Structure], dtype: torch.dtype = torch.float32) -> Batch:

@@ -73,6 +73,7 @@ class TrainingConfig:
     compile: bool = False  # steps through torch.compile: faster, after some minutes at the first step
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    workers: int = 0  # processes of each rank that prepare micro-batches ahead; 0: the rank itself, when it needs them
     log_every: int = 10
     tensorboard: bool = False  # the log also as TensorBoard events, in the run's folder
     hang_timeout_s: float = 900  # without progress before a run ends itself and says who is stuck, s
@@ -84,6 +85,8 @@ class TrainingConfig:
         for name in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "hang_timeout_s"):
             if getattr(self, name) < 1:
                 raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.workers < 0:
+            raise InputError(f"training.workers is {self.workers}; it must be at least 0")
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
 from moiety.objectives import Objective
-from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.tokens.batch import Batch
 from moiety.training.compiled import compile_model
 from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.engine import WeightAverage, apply_step, refuse_disagreement, set_lr, start_engine
@@ -27,6 +26,7 @@ from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 from moiety.training.signals import StopSignals
 from moiety.training.spikes import SpikeDetector
+from moiety.training.stream import Prepared, Stream, own_seed
 from moiety.training.watchdog import Watchdog
 from moiety.training.window import StepSums, Window
 
@@ -64,17 +64,21 @@ def fit(
     engine = run.engine = start_engine(model, optimizer, training, per_step)
     refuse_disagreement("corpora", mixture.facts, engine.device)
     average = WeightAverage(engine, optimizer.ema)
-    with StopSignals() as stop, Watchdog(run.path, run.rank, run.world_size, training.hang_timeout_s) as watchdog:
+    prepared = Prepared(mixture, objectives, engine.module.config.cutoff, training.seed)
+    watch = Watchdog(run.path, run.rank, run.world_size, training.hang_timeout_s)
+    with StopSignals() as stop, watch as watchdog, Stream(prepared, training.workers) as stream:
         state: dict[str, Any] = run.resume(engine, average, mixture.facts) or start_state()
         state["mixture"] = mixture.facts
         window = Window(objectives, work, watchdog.beat, state["window"])
         started = time.perf_counter() - state["elapsed_s"]
         engine.train()
+        stream.start(range(state["step"] * per_step + run.rank, training.steps * per_step, run.world_size))
 
         for step in range(state["step"], training.steps):
             first = step * per_step
             mine = range(first + run.rank, first + per_step, run.world_size)
-            batches = {number: prepare(mixture, number, objectives, engine, training.seed, window) for number in mine}
+            with window.timed("data"):
+                batches = {number: next(stream).to(engine.device) for number in mine}
             lr = learning_rate(step, training.steps, optimizer)
             set_lr(engine, lr)
             sums = StepSums(len(objectives), first, per_step, engine.device)
@@ -140,25 +144,6 @@ def start_state() -> dict[str, Any]:
         "elapsed_s": 0.0,
         "window": None,
     }
-
-
-def prepare(
-    mixture: Mixture, number: int, objectives: Sequence[Objective], engine: Any, seed: int, window: Window
-) -> Batch:
-    """Reads, collates and corrupts one micro-batch; its random numbers depend on its number, not on who holds it."""
-    with window.timed("data"):
-        batch = collate(mixture.read(mixture.micro_batch(number)))
-        rng = torch.Generator().manual_seed(own_seed(seed, number))
-        for objective in objectives:
-            batch = objective.corrupt(batch, rng)
-    with window.timed("neighbours"):
-        batch = with_neighbors(batch, engine.module.config.cutoff)
-    return batch.to(engine.device)
-
-
-def own_seed(seed: int, number: int) -> int:
-    """Of a micro-batch: its noise, and its dropout, are the same on whichever rank."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def count_scored(objectives: Sequence[Objective], batches: Sequence[Batch]) -> Tensor:

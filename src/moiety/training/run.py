@@ -54,6 +54,7 @@ FREE_TO_CHANGE = {
     "ds",
     "hang_timeout_s",
     "tensorboard",
+    "workers",
 }
 
 

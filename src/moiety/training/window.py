@@ -17,7 +17,7 @@ from moiety.objectives import Objective
 from moiety.tokens.batch import Batch
 from moiety.training.flops import Work
 
-PHASES: tuple[str, ...] = ("data", "neighbours", "forward", "backward", "step", "save")
+PHASES: tuple[str, ...] = ("data", "forward", "backward", "step", "save")
 COUNTS = 3  # structures, nodes, edges
 
 

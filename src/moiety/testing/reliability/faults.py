@@ -211,12 +211,13 @@ def hung(space: Workspace) -> Row:
 
 
 def orphaned(space: Workspace, launcher: str) -> Row:
-    """The front of a launcher is killed and nothing else: its ranks write a checkpoint and end."""
-    run = space.start(f"orphaned_{launcher}", *LONG, ranks=2, launcher=launcher)
+    """The front of a launcher is killed and nothing else: its ranks write a checkpoint and end, and their workers."""
+    run = space.start(f"orphaned_{launcher}", *LONG, "workers=1", ranks=2, launcher=launcher)
     run.until_logged(3)
-    processes = run.ranks()
+    ranks = run.ranks().values()
+    processes = [*ranks, *(worker for rank in ranks for worker in rank.children())]
     run.process.kill()  # type: ignore[union-attr]
-    ended = gone(processes.values())
+    ended = gone(processes)
     kept = readable(space.folder / f"orphaned_{launcher}/checkpoints")
     figure = f"{launcher}: {'no rank outlives it' if ended else 'ranks LEFT'}, checkpoint {'intact' if kept else 'BAD'}"
     return Row("orphaned ranks", figure, ended and kept)

@@ -23,8 +23,9 @@ from moiety.tokens.batch import Batch
 from moiety.training.config import OptimizerConfig, PretrainConfig, load_config
 from moiety.training.engine import adamw, apply_step, set_lr, start_distributed, start_engine
 from moiety.training.flops import Work
-from moiety.training.loop import count_scored, learning_rate, own_seed, prepare, start_state, step_loss
+from moiety.training.loop import count_scored, learning_rate, start_state, step_loss
 from moiety.training.mixture import Mixture
+from moiety.training.stream import Prepared, own_seed
 from moiety.training.window import StepSums, Window
 
 
@@ -88,12 +89,13 @@ def main() -> None:
     state = start_state()
     work = Work.of(model, config.training.precision, world)
     window = Window(objectives, work, lambda phase: None)
+    prepared = Prepared(mixture, objectives, model.config.cutoff, config.training.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for step in range(config.training.steps):
         first = step * per_step
         mine = range(first + rank, first + per_step, world)
-        batches = {n: prepare(mixture, n, objectives, engine, config.training.seed, window) for n in mine}
+        batches = {number: prepared[number] for number in mine}
         lr = learning_rate(step, config.training.steps, config.optimizer)
         set_lr(engine, lr)
         sums = StepSums(len(objectives), first, per_step, engine.device)

@@ -6,7 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 
-from moiety.testing.launched import Record, largest_difference, read_log, repeatable, train
+from moiety.testing.launched import Record, gone, largest_difference, read_log, repeatable, train
 from moiety.testing.reliability.workspace import SUBJECT, Row, Workspace
 from moiety.training.config import PretrainConfig, load_config
 from moiety.training.mixture import Mixture
@@ -116,6 +116,28 @@ def exactly_once(space: Workspace) -> Row:
         total += len(expected)
         wrong += len(expected ^ seen.keys()) + sum(count != 1 for count in seen.values())
     return Row("exactly once an epoch, on 1 to 4 ranks", f"{total - wrong} of {total} structures", wrong == 0)
+
+
+def prepared_ahead(space: Workspace, steps: int) -> Row:
+    """Micro-batches from workers, while a rank is killed and all processes are asked to stop; against none."""
+    words = ("prepared_ahead", f"steps={steps}")
+    run = space.start(*words, "workers=1", ranks=2)
+    run.until_logged(steps // 3)
+    workers = [worker for rank in run.ranks().values() for worker in rank.children()]
+    run.ranks()[0].kill()
+    run.wait()
+    ended = gone(workers, within=20)
+    run = space.start(*words, "workers=2", ranks=2)
+    run.until_logged(2 * steps // 3)
+    for rank in run.ranks().values():
+        for process in (*rank.children(), rank):
+            process.send_signal(signal.SIGTERM)
+    code = run.wait()
+    records = space.run(*words, ranks=2)
+    same = repeatable(records) == repeatable(space.undisturbed(f"steps={steps}", ranks=2))
+    figure = f"{len(records)} steps {'bit-identical' if same else 'DIFFER'}; stopped with {code}; "
+    figure += f"{'none outlives' if ended else 'SOME OUTLIVE'} a killed rank"
+    return Row("1, 2 and no workers", figure, same and code == 75 and ended)
 
 
 def same_structures(space: Workspace, steps: int) -> Row:

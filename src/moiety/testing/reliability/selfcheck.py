@@ -33,6 +33,7 @@ from moiety.testing.reliability.sameness import (
     exactly_once,
     parity,
     plain_ddp,
+    prepared_ahead,
     resumed_twice,
     same_structures,
     world_walk,
@@ -70,6 +71,7 @@ FULL: list[Check] = [  # under a quarter of an hour
     partial(activation_checkpointing, steps=100),
     partial(bfloat16, steps=100),
     partial(same_structures, steps=100),
+    partial(prepared_ahead, steps=40),
     exactly_once,
     partial(two_nodes, steps=20),
 ]
