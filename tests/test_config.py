@@ -132,5 +132,5 @@ def test_the_removed_keys_are_those_of_this_deepspeed():
 
 def test_an_unknown_deepspeed_file_lists_those_there_are():
     config = load("ds=zero7")
-    with pytest.raises(InputError, match="zero0, zero1, zero2, zero3"):
+    with pytest.raises(InputError, match="zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"):
         load_ds_config("zero7", config.optimizer, config.training, accumulation=1)

@@ -17,6 +17,7 @@ from ase.build import bulk
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moiety.inference.report import write_report
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
@@ -96,12 +97,24 @@ def test_a_killed_run_goes_on_bit_by_bit(alone: Path, tmp_path: Path):
 
 def test_a_run_directory_tells_what_ran(alone: Path):
     record = read_log(alone)[-1]
-    assert set(record["time"]) == {"data", "neighbours", "forward", "backward", "step", "save"}
+    assert set(record["time"]) == {"data", "forward", "backward", "step", "save"}
     assert record["structures_per_s"] > 0 and record["nodes_per_s"] > record["structures_per_s"]
+    assert 0 < record["mfu"] < 1
     facts = json.loads((alone / "run.json").read_text())
     assert facts["corpora"]["proteins"]["domain"] == "protein" and facts["machine"]["processes"] == 1
     card = (alone / "export/README.md").read_text()
     assert "CC0-1.0" in card and "from_pretrained" in card and "| protein |" in card
+
+
+def test_a_run_under_way_has_a_report(tmp_path: Path):
+    run = start(tmp_path / "run", *SHORT, "steps=100000")
+    try:
+        run.until_logged(3)
+        path = write_report(run.out)
+        assert run.exit_code() is None
+        assert '<section id="losses">' in path.read_text() and '<section id="speed">' in path.read_text()
+    finally:
+        run.kill()
 
 
 def test_an_export_loads_without_moiety_to_the_last_bit(alone: Path, tmp_path: Path):

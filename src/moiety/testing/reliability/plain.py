@@ -95,7 +95,8 @@ def main() -> None:
     for step in range(config.training.steps):
         first = step * per_step
         mine = range(first + rank, first + per_step, world)
-        batches = {number: prepared[number] for number in mine}
+        with window.timed("data"):
+            batches = {number: prepared[number] for number in mine}
         lr = learning_rate(step, config.training.steps, config.optimizer)
         set_lr(engine, lr)
         sums = StepSums(len(objectives), first, per_step, engine.device)
