@@ -6,7 +6,6 @@ whose weights take more memory than its micro-batches. Needs the corpora of prof
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from moiety.training.config import PretrainConfig, load_config
 from moiety.training.mixture import Mixture
 from moiety.training.plan import STRATEGIES, make_plan
 
-CORES = len(os.sched_getaffinity(0))
 ROOT = Path(__file__).parents[1]
 ALL_DOMAINS = "data.sources=[{path: corpora/tiny/qm9}, {path: corpora/tiny/crystals}, {path: corpora/tiny/proteins}]"
 AGAIN = "checkpoint_activations=true"
@@ -60,7 +58,6 @@ def main() -> None:
             path = ROOT / f"pretrain/configs/{name}.yaml"
             words = [*overrides, f"micro_batches={ranks}", f"steps={steps}", "log_every=1"]
             config = load_config(PretrainConfig, path, words)
-            torch.set_num_threads(max(1, CORES // ranks))  # as launch/local.sh
             plan = make_plan(config, Mixture.open(config.data), world_sizes=(ranks,))
             size, seconds = plan.peak_bytes(config.training.ds, ranks) / 2**20, plan.seconds_per_step / ranks
             real_size, real_seconds = measured(path, words, ranks, Path(folder, str(number)))

@@ -52,17 +52,8 @@ def fit(
         SystemExit: with 75 after SIGTERM or SIGUSR1, with 130 after Ctrl-C; a checkpoint was written first.
     """
     per_step = mixture.config.micro_batches
-    run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
-    for problem in mixture.damaged.values():
-        run.progress.note(f"left out: {problem}")
     work = Work.of(model, training.precision, run.world_size)
-    if training.checkpoint_activations:
-        model.activation_checkpointing_enable()  # type: ignore[operator]
-    if training.compile:
-        run.progress.note("compiling: the first step takes minutes")
-        compile_model(model)
-    engine = run.engine = start_engine(model, optimizer, training, per_step)
-    refuse_disagreement("corpora", mixture.facts, engine.device)
+    engine = begin(run, model, mixture, optimizer, training)
     average = WeightAverage(engine, optimizer.ema)
     prepared = Prepared(mixture, objectives, engine.module.config.cutoff, training.seed)
     watch = Watchdog(run.path, run.rank, run.world_size, training.hang_timeout_s)
@@ -105,6 +96,21 @@ def fit(
             if stopping and not last:
                 run.stop(stop.exit_code)
         run.finish()
+
+
+def begin(run: Run, model: nn.Module, mixture: Mixture, optimizer: OptimizerConfig, training: TrainingConfig) -> Any:
+    """Tells what runs, and makes the DeepSpeed engine for it."""
+    run.describe({"parameters": sum(p.numel() for p in model.parameters()), "corpora": mixture.describe()})
+    for problem in mixture.damaged.values():
+        run.progress.note(f"left out: {problem}")
+    if training.checkpoint_activations:
+        model.activation_checkpointing_enable()  # type: ignore[operator]
+    if training.compile:
+        run.progress.note("compiling: the first step takes minutes")
+        compile_model(model)
+    run.engine = start_engine(model, optimizer, training, mixture.config.micro_batches)
+    refuse_disagreement("corpora", mixture.facts, run.engine.device)
+    return run.engine
 
 
 def update_weights(
