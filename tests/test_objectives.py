@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from moiety.data.structure import Structure
 from moiety.errors import InputError
 from moiety.models.vocabulary_moiety import MASK, RESIDUE_MASK
 from moiety.objectives import Objective, build_objectives
-from moiety.objectives.regression import Regression
+from moiety.objectives.regression import Classification, Regression
 from moiety.tokens.batch import Batch, collate
+from moiety.tokens.labels import Label
 
 CORPORA = Path(__file__).parent / "data/corpora"
 
@@ -40,9 +42,9 @@ def test_noise_is_recovered_by_a_model_that_knows_it() -> None:
     clean = batch_of("qm9", "proteins")
     task = objective("coordinates")
     noisy = task.corrupt(clean, rng())
-    sigma = (noisy.positions - clean.positions).norm() / noisy.targets["noise"].norm()
+    sigma = (noisy.positions - clean.positions).norm() / noisy.node_targets["noise"].norm()
     assert 0.01 < sigma < 0.3
-    assert mean_loss(task, SimpleNamespace(noise=noisy.targets["noise"]), noisy) == 0
+    assert mean_loss(task, SimpleNamespace(noise=noisy.node_targets["noise"]), noisy) == 0
 
 
 def test_predicting_no_noise_scores_one_whatever_the_size() -> None:
@@ -81,26 +83,28 @@ def test_a_lone_atom_is_not_scored() -> None:
 def test_hydrogens_of_a_hidden_atom_are_taken_away() -> None:
     clean = batch_of("qm9", count=40)
     spoiled = objective("types", share=0.5).corrupt(clean, rng())
-    hidden = spoiled.targets["types"] >= 0
-    assert hidden.any() and (spoiled.node_type[hidden] == MASK).all() and (spoiled.targets["types"][hidden] > 1).all()
+    hidden = spoiled.node_targets["types"] >= 0
+    assert (
+        hidden.any() and (spoiled.node_type[hidden] == MASK).all() and (spoiled.node_targets["types"][hidden] > 1).all()
+    )
     apart = spoiled.positions.double() + 1e3 * spoiled.graph_index[:, None]
     hydrogen = apart[spoiled.node_type == 1]
     assert torch.cdist(hydrogen, apart[hidden], compute_mode="donot_use_mm_for_euclid_dist").min() > 1.35
     assert len(spoiled.node_type) < len(clean.node_type)
-    assert len(spoiled.targets["types"]) == len(spoiled.node_type)
+    assert len(spoiled.node_targets["types"]) == len(spoiled.node_type)
 
 
 def test_a_hidden_residue_keeps_its_size_and_its_place() -> None:
     clean = batch_of("proteins", count=4)
     spoiled = objective("types", share=0.3).corrupt(clean, rng())
-    hidden = spoiled.targets["types"] >= 0
+    hidden = spoiled.node_targets["types"] >= 0
     assert (spoiled.node_type[hidden] == RESIDUE_MASK).all()
     assert torch.equal(spoiled.positions, clean.positions) and torch.equal(spoiled.node_vectors, clean.node_vectors)
 
 
 def test_a_structure_is_never_hidden_whole() -> None:
     alone = collate([Structure(np.array([29]), np.zeros((1, 3))) for _ in range(50)])
-    assert (objective("types", share=0.9).corrupt(alone, rng()).targets["types"] == -1).all()
+    assert (objective("types", share=0.9).corrupt(alone, rng()).node_targets["types"] == -1).all()
 
 
 def test_a_strain_turns_the_clean_cell_into_the_strained_one() -> None:
@@ -134,10 +138,58 @@ def test_the_trivial_loss_of_types_is_their_entropy() -> None:
 
 def test_missing_labels_are_not_scored() -> None:
     structures = [Structure(np.array([6]), np.zeros((1, 3)), scalars=labels) for labels in ({"gap": 3.0}, {"u0": 1.0})]
-    task, batch = Regression("gap", "gap", std=2.0), collate(structures)
+    task = Regression("gap", Label("gap"), std=2.0)
+    batch = collate(structures, labels=task.labels)
     assert task.scored(batch).tolist() == [1, 0]
     loss = task.loss_sum(SimpleNamespace(predictions={"gap": torch.tensor([3.0, 7.0])}), batch)
     assert loss.tolist() == [0, 0]
+
+
+def two_molecules(**labels: Any) -> list[Structure]:
+    """Two atoms with the labels, and one atom without."""
+    return [
+        Structure(np.array([6, 8]), np.eye(2, 3), **labels),
+        Structure(np.array([1]), np.zeros((1, 3))),
+    ]
+
+
+def test_labels_of_nodes_and_tensors_are_scored_where_they_are() -> None:
+    forces = np.arange(6.0).reshape(2, 3)
+    alpha = np.diag([1.0, 2.0, 3.0])
+    structures = two_molecules(forces=forces, tensors={"alpha": alpha}, node_scalars={"charge": [0.5, -0.5]})
+    tasks = [
+        Regression("forces", Label("forces", (3,), per_node=True), std=2.0),
+        Regression("alpha", Label("alpha", (3, 3)), std=1.0),
+        Regression("charge", Label("charge", per_node=True), std=1.0),
+    ]
+    batch = collate(structures, labels=[label for task in tasks for label in task.labels])
+    said = {
+        "forces": torch.tensor(np.vstack([forces + 4.0, [[9.0, 9.0, 9.0]]])),
+        "alpha": torch.tensor(np.stack([alpha + 1.0, alpha])),
+        "charge": torch.tensor([0.5, 0.5, 7.0]),
+    }
+    scored = [task.scored(batch).tolist() for task in tasks]
+    assert scored == [[2, 0], [1, 0], [2, 0]]
+    losses = [task.loss_sum(SimpleNamespace(predictions=said), batch) for task in tasks]
+    # Huber, the error less half the elbow: 2 spreads at two nodes, 1 in a matrix, 1 at one of two nodes
+    assert [loss[0].item() for loss in losses] == pytest.approx([2 * 1.95, 0.95, 0.95])
+    assert all(loss[1] == 0 for loss in losses)
+
+
+def test_classes_are_learned_by_their_number() -> None:
+    structures = two_molecules(node_scalars={"fold": [2.0, np.nan]})
+    task = Classification("fold", Label("fold", per_node=True))
+    batch = collate(structures, labels=task.labels)
+    logits = torch.tensor([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert task.scored(batch).tolist() == [1, 0]
+    loss_B = task.loss_sum(SimpleNamespace(predictions={"fold": logits}), batch)
+    assert loss_B.tolist() == pytest.approx([float(-logits[0].log_softmax(-1)[2]), 0.0])
+
+
+def test_a_number_and_a_vector_of_the_same_name_are_two_labels() -> None:
+    structure = Structure(np.array([6]), np.zeros((1, 3)), dipole=np.array([0.0, 0.0, 1.0]), scalars={"dipole": 4.8})
+    assert Label("dipole").of(structure) == 4.8
+    assert Label("dipole", (3,)).values([structure]).tolist() == [[0.0, 0.0, 1.0]]
 
 
 def test_an_unknown_objective_or_option_is_named() -> None:

@@ -21,7 +21,8 @@ from moiety.models.vocabulary_moiety import ROLE_ID
 
 CORPORA = Path(__file__).parent / "data/corpora"
 KINDS = ("molecule", "crystal", "protein", "complex")
-TASKS = {kind: {"kind": kind} for kind in ("mean", "sum", "dipole_norm", "node", "vector")}
+TASKS = {kind: {"kind": kind} for kind in ("mean", "sum", "dipole_norm", "tensor", "node", "vector")}
+TASKS["classes"] = {"kind": "classes", "classes": ["helix", "strand", "coil"]}  # type: ignore[dict-item]
 Outputs = dict[str, Tensor]
 
 
@@ -119,7 +120,8 @@ def test_outputs_turn_with_the_structure(models: list[nn.Module], kind: str, ref
     lmax = {4: 1, 9: 2}[expected["features"].shape[1]]
     for name in ("noise", "vector"):
         expected[name] = expected[name] @ rotation.T
-    expected["strain"] = rotation @ expected["strain"] @ rotation.T
+    for name in ("strain", "tensor"):
+        expected[name] = rotation @ expected[name] @ rotation.T
     expected["features"] = torch.einsum("mk,nkc->nmc", wigner(rotation, lmax), expected["features"])
     assert_equal(outputs(models, [transformed(s, matrix)]), expected)
 
@@ -140,7 +142,7 @@ def test_outputs_follow_the_order_of_the_nodes(models: list[nn.Module], kind: st
         n: v[order] for n in ("node_type", "positions", "node_vectors", "role") if (v := vars(s)[n]) is not None
     }
     expected = outputs(models, [s])
-    for name in ("noise", "type_logits", "features", "node", "vector"):
+    for name in ("noise", "type_logits", "features", "node", "vector", "classes"):
         expected[name] = expected[name][torch.tensor(order)]
     assert_equal(outputs(models, [changed(s, **per_node)]), expected)
 
@@ -153,9 +155,10 @@ def test_a_supercell_says_the_same_of_every_copy(models: list[nn.Module]) -> Non
     cell = np.diag([2, 1, 3]) @ s.cell
     large = changed(s, node_type=np.tile(s.node_type, 6), positions=positions, cell=cell, role=None, node_vectors=None)
     expected = outputs(models, [s])
-    for name in ("noise", "type_logits", "features", "node", "vector"):
+    for name in ("noise", "type_logits", "features", "node", "vector", "classes"):
         expected[name] = torch.cat([expected[name]] * 6)
-    expected["sum"] = 6 * expected["sum"]
+    for name in ("sum", "tensor"):
+        expected[name] = 6 * expected[name]
     found = outputs(models, [large])
     expected["dipole_norm"] = found["dipole_norm"]  # a periodic system has no dipole moment of its own
     assert_equal(found, expected)

@@ -19,6 +19,7 @@ from moiety.models.modeling_moiety import MoietyForPrediction, TaskHead
 from moiety.models.vocabulary_moiety import VOCAB_SIZE
 from moiety.objectives.regression import Regression
 from moiety.tokens.batch import collate, with_neighbors
+from moiety.tokens.labels import Label
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from moiety.training.export import save_model
 from moiety.training.files import write_json
@@ -138,7 +139,7 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
     model = build_model(config, tasks)
     trainable, total = trainable_share(model)
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
-    objective = Regression(task.label, task.label, data.std)
+    objective = Regression(task.label, Label(task.label), data.std)
     fit(run, model, data.mixture(config.data), [objective], config.optimizer, config.training)
     weights = run.weights()
     if weights is None:

@@ -14,7 +14,7 @@ from moiety.data.validate import Verdict
 from moiety.errors import InputError
 from moiety.inference.loading import batches, read_model_config
 
-PER_NODE = ("node", "vector")  # kinds of task heads that answer for every node
+PER_NODE = ("node", "vector", "classes")  # kinds of task heads that answer for every node
 DERIVED = {  # what a head of kind "energy" brings along
     "forces": {"kind": "vector", "unit": "eV/Å"},
     "stress": {"kind": "stress", "unit": "eV/Å^3"},
@@ -34,6 +34,7 @@ class Predictor:
     def __call__(self, structures: list[Structure]) -> list[dict[str, Any]]:
         """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}.
 
+        Classes are told by name, with the "probability" that the model gives them.
         What a structure does not have (the dipole moment of a crystal, the stress of a molecule) is None, with a note.
         """
         with torch.no_grad():
@@ -55,6 +56,10 @@ def _told(structure: Structure, task: dict[str, Any], value: torch.Tensor) -> di
         return NO_DIPOLE
     if task["kind"] == "stress" and (structure.pbc is None or not structure.pbc.all()):
         return NO_STRESS
+    if task["kind"] == "classes":
+        probability_N, best_N = value.softmax(-1).max(-1)
+        names = [task["classes"][index] for index in best_N.tolist()]
+        return {"value": names, "unit": "", "probability": probability_N.tolist()}
     return {"value": value.tolist(), "unit": task.get("unit", "")}
 
 

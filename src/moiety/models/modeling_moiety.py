@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -231,6 +231,10 @@ class StrainHead(nn.Module):
         self.weigh = ScaledLinear(channels, 1, bias=False, gain=0.3)
 
     def forward(self, features_NMC: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+        return mean_per_graph(self.of_nodes(features_NMC), graph_index, num_graphs)
+
+    def of_nodes(self, features_NMC: Tensor) -> Tensor:
+        """[N,3,3], the part of each node."""
         scalars = features_NMC[:, 0]
         basis = symmetric_basis(features_NMC)
         if self.lmax == 2:
@@ -240,8 +244,7 @@ class StrainHead(nn.Module):
             tensor_N5C = torch.einsum("sab,nac,nbc->nsc", basis, v, w)
         tensor_N5 = self.weigh(tensor_N5C * self.gate(scalars).unsqueeze(1)).squeeze(-1)
         identity = torch.eye(3, dtype=basis.dtype, device=basis.device) / math.sqrt(3)
-        strain_N33 = torch.einsum("ns,sab->nab", tensor_N5, basis) + self.trace(scalars).unsqueeze(-1) * identity
-        return mean_per_graph(strain_N33, graph_index, num_graphs)
+        return torch.einsum("ns,sab->nab", tensor_N5, basis) + self.trace(scalars).unsqueeze(-1) * identity
 
 
 class MoietyForPreTraining(MoietyPreTrainedModel):
@@ -302,15 +305,27 @@ class TaskHead(nn.Module):
     - mean: invariant scalar per structure, of weighted means over nodes (intensive) [B]
     - sum: invariant scalar per structure, sum over nodes (extensive) [B]
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
+    - tensor: symmetric matrix per structure, sum over nodes (a polarizability) [B,3,3]
     - node: invariant scalar per node [N]
+    - classes: a logit per node of each of the named `classes` [N,K]
     - vector: vector per node [N,3]
     - energy: sum over nodes of an invariant scalar and of `references`, the energy of each element (symbol -> eV) [B];
       `MoietyForPrediction` takes forces and stress from its derivatives
 
-    The network works in standard units; the prediction is mean + std * output, in the task's unit (energy: a node's).
+    The network works in standard units; the prediction is mean + std * output, in the task's unit (energy: a node's;
+    tensor: the mean is that of its diagonal). Logits have no unit.
     """
 
-    KINDS = ("mean", "sum", "dipole_norm", "node", "vector", "energy")
+    KINDS: ClassVar[dict[str, tuple[bool, tuple[int, ...]]]] = {  # one value a node; shape of a value
+        "mean": (False, ()),
+        "sum": (False, ()),
+        "dipole_norm": (False, ()),
+        "tensor": (False, (3, 3)),
+        "node": (True, ()),
+        "classes": (True, ()),
+        "vector": (True, (3,)),
+        "energy": (False, ()),
+    }
 
     def __init__(
         self,
@@ -320,6 +335,7 @@ class TaskHead(nn.Module):
         std: float = 1.0,
         unit: str = "",
         references: dict[str, float] | None = None,
+        classes: list[str] | None = None,
     ):
         super().__init__()
         if kind not in self.KINDS:
@@ -330,8 +346,14 @@ class TaskHead(nn.Module):
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
         of_elements = [(references or {}).get(symbol, 0.0) for symbol in ELEMENTS]
         self.references = [0.0, *of_elements, *[0.0] * (config.vocab_size - 1 - len(of_elements))]  # by node type
+        if (kind == "classes") != bool(classes):
+            raise ValueError(f"a task of kind {kind!r} with classes {classes}: those belong to the kind 'classes'")
         if kind == "mean":
             self.pooled = PoolingHead(config)
+        elif kind == "tensor":
+            self.tensor = StrainHead(config)
+        elif classes:
+            self.logits = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, len(classes)))
         elif kind != "vector":
             # predictions start near the mean; and large random charges, multiplied by Å, would leave the norm of a
             # dipole in a poor minimum for some seeds
@@ -346,6 +368,11 @@ class TaskHead(nn.Module):
             return self.std * self.vector(features)
         if self.kind == "mean":
             return self.mean + self.std * self.pooled(features, graph_index, num_graphs)
+        if self.kind == "tensor":
+            value_B33 = sum_per_graph(self.tensor.of_nodes(features), graph_index, num_graphs)
+            return self.mean * torch.eye(3, dtype=features.dtype, device=features.device) + self.std * value_B33
+        if self.kind == "classes":
+            return self.logits(features[:, 0])
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
         if self.kind == "energy":
             reference_N = positions.new_tensor(self.references)[node_type]

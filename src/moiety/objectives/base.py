@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moiety.tokens.batch import Batch
+from moiety.tokens.labels import Label
 
 
 class Objective(ABC):
@@ -16,6 +17,7 @@ class Objective(ABC):
 
     name: str
     weight: float
+    labels: tuple[Label, ...] = ()  # of the structures, that a batch must have as targets
 
     def __init__(self, config: Any) -> None:
         """`config` is the objective's own dataclass; every one has a weight."""
@@ -23,7 +25,7 @@ class Objective(ABC):
         self.weight = config.weight
 
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
-        """The batch as the model will see it, with what it should say in `targets`. Default: unchanged."""
+        """The batch as the model will see it, with what it should say in its targets. Default: unchanged."""
         return batch
 
     @abstractmethod

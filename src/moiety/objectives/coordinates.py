@@ -43,12 +43,12 @@ class CoordinateDenoising(Objective):
         return batch.replace(
             positions=batch.positions + sigma_B[batch.graph_index, None] * noise_N3,
             noise_level=torch.where(told_B, sigma_B, torch.nan),
-            targets=batch.targets | {"noise": noise_N3},
+            node_targets=batch.node_targets | {"noise": noise_N3},
         )
 
     def scored(self, batch: Batch) -> Tensor:
         return (batch.num_nodes_B > 1).to(batch.positions)  # a lone atom has no noise left once its mean is removed
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
-        error_N = (output.noise - batch.targets["noise"]).square().mean(-1)
+        error_N = (output.noise - batch.node_targets["noise"]).square().mean(-1)
         return self.scored(batch) * sum_by_structure(error_N, batch) / (batch.num_nodes_B - 1).clamp(min=1)

@@ -1,5 +1,5 @@
-"""Supervised regression of a label, in the standard units of its task head."""
-# Shapes: B structures.
+"""Supervised regression and classification of labels, of structures or of their nodes."""
+# Shapes: B structures, N nodes, K classes.
 
 from __future__ import annotations
 
@@ -9,27 +9,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moiety.objectives.base import Objective
+from moiety.objectives.base import Objective, sum_by_structure
 from moiety.tokens.batch import Batch
+from moiety.tokens.labels import Label
+
+ELBOW = 0.1  # of the Huber loss, in spreads of the label
 
 
-class Regression(Objective):
-    """Huber loss between the prediction of a task and a scalar label of the corpus, both divided by the label's spread.
+class Supervised(Objective):
+    """What all learning from labels has in common: structures and nodes without the label are not scored."""
 
-    Structures without the label are not scored.
-    """
+    def __init__(self, task: str, label: Label, weight: float = 1.0):
+        self.name, self.label, self.weight = task, label, weight
+        self.labels = (label,)
 
-    weight = 1.0
+    def target(self, batch: Batch) -> Tensor:
+        """[B, ...] or [N, ...], NaN where it is not known."""
+        return (batch.node_targets if self.label.per_node else batch.targets)[self.label.name]
 
-    def __init__(self, task: str, label: str, std: float):
-        self.name, self.label, self.std = task, label, std
+    def known(self, batch: Batch) -> Tensor:
+        """[B] or [N] bool: what has all of the label."""
+        return ~self.target(batch).isnan().flatten(1).any(1) if self.label.shape else ~self.target(batch).isnan()
+
+    def by_structure(self, values: Tensor, batch: Batch) -> Tensor:
+        """[B] from [B] or [N]."""
+        return sum_by_structure(values, batch) if self.label.per_node else values
 
     def scored(self, batch: Batch) -> Tensor:
-        return (~batch.targets[self.label].isnan()).to(batch.positions)
+        return self.by_structure(self.known(batch).to(batch.positions), batch)
+
+
+class Regression(Supervised):
+    """Huber loss between prediction and label, both divided by the label's spread; a mean over the components."""
+
+    def __init__(self, task: str, label: Label, std: float, weight: float = 1.0):
+        super().__init__(task, label, weight)
+        self.std = std
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
-        target_B = torch.nan_to_num(batch.targets[self.label])
-        error_B = F.huber_loss(
-            output.predictions[self.name] / self.std, target_B / self.std, reduction="none", delta=0.1
-        )
-        return error_B * self.scored(batch) * 10  # slope 1 beyond the elbow
+        known = self.known(batch)
+        target = torch.nan_to_num(self.target(batch)) / self.std
+        error = F.huber_loss(output.predictions[self.name] / self.std, target, reduction="none", delta=ELBOW)
+        error = error.flatten(1).mean(1) if self.label.shape else error
+        return self.by_structure(error * known / ELBOW, batch)  # slope 1 beyond the elbow
+
+
+class Classification(Supervised):
+    """Cross-entropy (nats) of the logits [N, K] or [B, K] of a task; a label is the number of its class."""
+
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
+        known = self.known(batch)
+        target = torch.nan_to_num(self.target(batch)).long()
+        loss = F.cross_entropy(output.predictions[self.name], target, reduction="none")
+        return self.by_structure(loss * known, batch)

@@ -44,15 +44,15 @@ class MaskedTypes(Objective):
         mask_token = torch.where(types >= FIRST_RESIDUE, RESIDUE_MASK, MASK)
         target = torch.where(hidden, types, -1)
         spoiled = batch.replace(
-            node_type=torch.where(hidden, mask_token, types), targets=batch.targets | {"types": target}
+            node_type=torch.where(hidden, mask_token, types), node_targets=batch.node_targets | {"types": target}
         )
         return spoiled.select_nodes(~self._hydrogens_of(hidden, batch))
 
     def scored(self, batch: Batch) -> Tensor:
-        return sum_by_structure((batch.targets["types"] >= 0).to(batch.positions), batch)
+        return sum_by_structure((batch.node_targets["types"] >= 0).to(batch.positions), batch)
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
-        target = batch.targets["types"]
+        target = batch.node_targets["types"]
         # every node enters the graph, the unscored ones with factor zero: the same graph on every rank
         loss_N = F.cross_entropy(output.type_logits, target.clamp(min=0), reduction="none") * (target >= 0)
         return sum_by_structure(loss_N, batch)

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from moiety.data.structure import Structure
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
+from moiety.tokens.labels import Label
 
-NODE_TARGETS = ("noise", "types")  # targets with one entry per node; all others have one per structure
-NOT_TENSORS = ("targets", "ids")
+NOT_TENSORS = ("targets", "node_targets", "ids")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Batch:
     edge_index: Tensor | None = None  # [2, E] source j, destination i, sorted by i
     edge_shift: Tensor | None = None  # [E, 3] Å
     noise_level: Tensor | None = None  # [B] Å, NaN = not told
-    targets: dict[str, Tensor] = field(default_factory=dict)
+    targets: dict[str, Tensor] = field(default_factory=dict)  # [B, ...]
+    node_targets: dict[str, Tensor] = field(default_factory=dict)  # [N, ...]
     ids: list[str] = field(default_factory=list)
 
     @property
@@ -54,8 +54,8 @@ class Batch:
         """The batch without the nodes where `keep` [N] is False; node-wise targets shrink with it."""
         node_fields = ("node_type", "positions", "graph_index", "role", "node_vectors")
         changes = {name: getattr(self, name)[keep] for name in node_fields}
-        targets = {name: t[keep] if name in NODE_TARGETS else t for name, t in self.targets.items()}
-        return self.replace(**changes, targets=targets, edge_index=None, edge_shift=None)
+        node_targets = {name: target[keep] for name, target in self.node_targets.items()}
+        return self.replace(**changes, node_targets=node_targets, edge_index=None, edge_shift=None)
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a model's forward."""
@@ -69,21 +69,21 @@ class Batch:
         """The batch with every tensor, or what stands in its place, changed."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_TENSORS}
         changed = {name: change(value) for name, value in fields.items() if value is not None}
-        return self.replace(**changed, targets={name: change(value) for name, value in self.targets.items()})
+        targets = {name: change(value) for name, value in self.targets.items()}
+        node_targets = {name: change(value) for name, value in self.node_targets.items()}
+        return self.replace(**changed, targets=targets, node_targets=node_targets)
 
 
-def collate(structures: list[Structure], dtype: torch.dtype = torch.float32) -> Batch:
-    """Packs structures into one batch; their scalar labels become targets [B], NaN where one is missing.
+def collate(structures: list[Structure], dtype: torch.dtype = torch.float32, labels: Iterable[Label] = ()) -> Batch:
+    """Packs structures into one batch; their labels become targets, NaN where one is missing.
 
     Edges come last, from `with_neighbors`, once the positions are final.
     """
-    names = {name for structure in structures for name in structure.scalars}
-    labels = {
-        name: torch.tensor([s.scalars.get(name, math.nan) for s in structures], dtype=dtype) for name in sorted(names)
-    }
-    return Batch(
-        **to_tensors(pack([vars(s) for s in structures]), dtype), targets=labels, ids=[s.id for s in structures]
-    )
+    targets, node_targets = {}, {}
+    for label in labels:
+        (node_targets if label.per_node else targets)[label.name] = label.values(structures, dtype)
+    inputs = to_tensors(pack([vars(s) for s in structures]), dtype)
+    return Batch(**inputs, targets=targets, node_targets=node_targets, ids=[s.id for s in structures])
 
 
 def with_neighbors(batch: Batch, cutoff: float) -> Batch:

@@ -24,9 +24,10 @@ class Prepared(Dataset[Batch]):
 
     def __init__(self, mixture: Mixture, objectives: Sequence[Objective], cutoff: float, seed: int) -> None:
         self._mixture, self._objectives, self._cutoff, self._seed = mixture, objectives, cutoff, seed
+        self._labels = [label for objective in objectives for label in objective.labels]
 
     def __getitem__(self, number: int) -> Batch:
-        batch = collate(self._mixture.read(self._mixture.micro_batch(number)))
+        batch = collate(self._mixture.read(self._mixture.micro_batch(number)), labels=self._labels)
         rng = torch.Generator().manual_seed(own_seed(self._seed, number))
         for objective in self._objectives:
             batch = objective.corrupt(batch, rng)

@@ -41,14 +41,14 @@ class Springs(Objective):
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         shift_N3 = remove_mean(0.1 * torch.randn(batch.positions.shape, generator=rng), batch)
         energy_B = SPRING / 2 * sum_by_structure(shift_N3.square().sum(-1), batch)
-        targets = {"forces": -SPRING * shift_N3, "energy": energy_B}
-        return batch.replace(positions=batch.positions + shift_N3, targets=targets)
+        pull = {"targets": {"energy": energy_B}, "node_targets": {"forces": -SPRING * shift_N3}}
+        return batch.replace(positions=batch.positions + shift_N3, **pull)
 
     def scored(self, batch: Batch) -> Tensor:
         return batch.num_nodes_B.to(batch.positions)
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
-        error_N = (output.predictions["forces"] - batch.targets["forces"]).square().mean(-1)
+        error_N = (output.predictions["forces"] - batch.node_targets["forces"]).square().mean(-1)
         error_B = (output.predictions["energy"] - batch.targets["energy"]).square()
         return sum_by_structure(error_N, batch) + 0.01 * error_B
 
