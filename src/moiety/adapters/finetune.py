@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from moiety.adapters.baselines import baselines, known, labels_of
 from moiety.adapters.lora import LoraSettings, add_lora, load_base, require_export, save_adapter, trainable_share
+from moiety.adapters.tasks import Spread, TaskConfig
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
-from moiety.models.modeling_moiety import MoietyForPrediction, TaskHead
-from moiety.models.vocabulary_moiety import VOCAB_SIZE
-from moiety.objectives.regression import Regression
+from moiety.models.modeling_moiety import MoietyForPrediction
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
@@ -27,16 +27,13 @@ from moiety.training.loop import fit
 from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
 
-METHODS = ("lora", "full", "head", "scratch")
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """`label` is a scalar of the corpus, `kind` how the head reads it off the nodes (see TaskHead)."""
-
-    label: str
-    kind: str
-    unit: str
+METHODS = {  # and what results call them
+    "lora": "pretrained + LoRA",
+    "full": "pretrained, all weights",
+    "head": "pretrained, head only",
+    "scratch": "from scratch",
+}
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,6 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InputError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
-        if self.task.kind not in TaskHead.KINDS:
-            raise InputError(f"task.kind is {self.task.kind!r}; it must be one of {', '.join(TaskHead.KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -79,11 +74,10 @@ class LabelledData:
 
     train: Subset
     test: Subset
-    mean: float  # of the training labels, in the task's unit
-    std: float
+    spread: Spread  # of the training labels
 
     @classmethod
-    def open(cls, config: LabelledDataConfig, label: str) -> LabelledData:
+    def open(cls, config: LabelledDataConfig, task: TaskConfig) -> LabelledData:
         """Chooses `num_train` structures at random and the first `num_test` of the test split.
 
         Raises:
@@ -92,18 +86,18 @@ class LabelledData:
         chosen = {}
         for split, count in ((config.train_split, config.num_train), (config.test_split, config.num_test)):
             corpus = Corpus.open(config.corpus, split=split)
-            labelled = np.flatnonzero(np.isfinite(corpus.scalar(label)))
+            labelled = _labelled(corpus, task.target)
             if len(labelled) < count:
                 raise InputError(
-                    f"{config.corpus}: split {split!r} has {len(labelled)} structures with the label {label!r}, "
+                    f"{config.corpus}: split {split!r} has {len(labelled)} structures with the label {task.label!r}, "
                     f"{count} are asked for; lower data.num_{'train' if split == config.train_split else 'test'}"
                 )
             if split == config.train_split:
                 labelled = np.random.default_rng(config.seed).permutation(labelled)
             chosen[split] = Subset(corpus, labelled[:count])
         train, test = chosen[config.train_split], chosen[config.test_split]
-        values = train.scalar(label)
-        return cls(train=train, test=test, mean=float(values.mean()), std=float(values.std()))
+        values = labels_of(task, train.read(range(len(train)), whole=True))
+        return cls(train, test, task.spread(values[known(values)]))
 
     def mixture(self, config: LabelledDataConfig) -> Mixture:
         data = DataConfig(
@@ -115,6 +109,17 @@ class LabelledData:
             seed=config.seed,
         )
         return Mixture([Source(self.train, Path(config.corpus).name, data, 0)], data)
+
+
+def _labelled(corpus: Corpus, label: Label) -> Array:
+    """Indices of the structures that have a label.
+
+    Raises:
+        InputError: none has a number of that name; those that there are are named.
+    """
+    if not label.per_node and not label.shape:
+        return np.flatnonzero(np.isfinite(corpus.scalar(label.name)))
+    return np.array([index for index, s in enumerate(corpus) if label.of(s) is not None], dtype=np.int64)
 
 
 def build_model(config: FinetuneConfig, tasks: dict[str, Any]) -> nn.Module:
@@ -134,13 +139,12 @@ def build_model(config: FinetuneConfig, tasks: dict[str, Any]) -> nn.Module:
 def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
     task = config.task
-    data = LabelledData.open(config.data, task.label)
-    tasks = {task.label: {"kind": task.kind, "mean": data.mean, "std": data.std, "unit": task.unit}}
+    data = LabelledData.open(config.data, task)
+    tasks = {task.label: task.head(data.spread)}
     model = build_model(config, tasks)
     trainable, total = trainable_share(model)
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
-    objective = Regression(task.label, Label(task.label), data.std)
-    fit(run, model, data.mixture(config.data), [objective], config.optimizer, config.training)
+    fit(run, model, data.mixture(config.data), [task.objective(data.spread)], config.optimizer, config.training)
     weights = run.weights()
     if weights is None:
         return None
@@ -150,73 +154,60 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
         save_adapter(trained, run.path / "adapter", config.model, tasks)  # type: ignore[arg-type]
     else:
         save_model(trained, run.path / "export")  # type: ignore[arg-type]
-    predicted = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task.label)
-    return write_results(run.path, config, data, predicted, trainable, total)
+    output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task.label)
+    sizes = {"trainable_parameters": trainable, "parameters": total}
+    return write_results(run.path, config, data, task.answer(output), sizes)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, cutoff: float, subset: Subset, task: str, batch_nodes: int = 4096) -> np.ndarray:
-    """Predictions [n] for the structures of a subset, in its order."""
+def predict(model: nn.Module, cutoff: float, subset: Subset, task: str, batch_nodes: int = 4096) -> Array:
+    """Output [items, ...] of a head for the structures of a subset, or for all their nodes, in its order."""
     model.eval()
     order = np.argsort(subset.num_nodes, kind="stable")  # like sizes together: less padding
     cuts = np.flatnonzero(np.diff(np.cumsum(subset.num_nodes[order]) // batch_nodes)) + 1
-    out = np.empty(len(subset))
+    parts: list[Array] = [np.empty(0)] * len(subset)
     for indices in np.split(order, cuts):
         batch = with_neighbors(collate(subset.read(indices)), cutoff)
-        out[indices] = model(**batch.inputs()).predictions[task].double().numpy()
-    return out
+        values = model(**batch.inputs()).predictions[task].double().numpy()
+        per_node = len(values) == len(batch.node_type) != len(indices)
+        ends = np.cumsum(subset.num_nodes[indices]) if per_node else np.arange(1, len(indices) + 1)
+        for index, part in zip(indices, np.split(values, ends[:-1]), strict=True):
+            parts[index] = part
+    return np.concatenate(parts)
 
 
 def write_results(
-    path: Path, config: FinetuneConfig, data: LabelledData, predicted: np.ndarray, trainable: int, total: int
+    path: Path, config: FinetuneConfig, data: LabelledData, answered: Array, sizes: dict[str, int]
 ) -> dict[str, Any]:
     """metrics.json and predictions.json, with the baselines that need no training."""
-    label = config.task.label
-    true = data.test.scalar(label)
-    mae = float(np.abs(predicted - true).mean())
-    baselines = {
-        "mean predictor": float(np.abs(data.mean - true).mean()),
-        "linear in composition": float(np.abs(composition_baseline(data, label) - true).mean()),
-    }
-    name = {"lora": "pretrained + LoRA", "full": "pretrained, all weights", "head": "pretrained, head only"}.get(
-        config.method, "from scratch"
-    )
+    task = config.task
+    train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
+    true = labels_of(task, test)
+    error = task.error(answered, true)
+    others = {name: task.error(answers, true) for name, answers in baselines(task, train, test).items()}
+    name = METHODS[config.method]
     metrics = {
-        "target": label,
-        "metric": "MAE",
-        "unit": config.task.unit,
-        "results": {name: mae, **baselines},
+        "target": task.label,
+        "metric": task.metric,
+        "unit": task.metric_unit,
+        "results": {name: error, **others},
         "num_train": len(data.train),
         "num_test": len(data.test),
         "steps": config.training.steps,
         "seed": config.training.seed,
-        "trainable_parameters": trainable,
-        "parameters": total,
+        **sizes,
     }
     write_json(path / "metrics.json", metrics)
+    there = np.isfinite(true)
     predictions = {
-        "target": label,
-        "unit": config.task.unit,
+        "target": task.label,
+        "unit": task.unit,
         "split": config.data.test_split,
         "method": name,
-        "true": true.tolist(),
-        "predicted": predicted.tolist(),
-        "metrics": {"MAE": mae},
-        "baselines": baselines,
+        "true": true[there].tolist(),
+        "predicted": answered[there].tolist(),
+        "metrics": {task.metric: error},
+        "baselines": others,
     }
     write_json(path / "predictions.json", predictions)
     return metrics
-
-
-def composition_baseline(data: LabelledData, label: str) -> np.ndarray:
-    """Ridge regression on the numbers of atoms of each element: what no geometry at all can do."""
-    train, test = (_composition(subset) for subset in (data.train, data.test))
-    normal = train.T @ train + np.eye(train.shape[1])
-    return test @ np.linalg.solve(normal, train.T @ data.train.scalar(label))
-
-
-def _composition(subset: Subset) -> np.ndarray:
-    counts = np.zeros((len(subset), VOCAB_SIZE))
-    for row, structure in enumerate(subset.read(np.arange(len(subset)))):
-        counts[row] = np.bincount(structure.node_type, minlength=VOCAB_SIZE)
-    return np.concatenate([counts, np.ones((len(subset), 1))], axis=1)

@@ -159,8 +159,13 @@ class Corpus:
     def __iter__(self) -> Iterator[Structure]:
         return (self[index] for index in range(len(self)))
 
-    def read(self, indices: Sequence[int] | Array) -> list[Structure]:
-        """Structures with geometry, charge, spin, role, scalars, id and domain only. Arrays are read-only views."""
+    def read(self, indices: Sequence[int] | Array, whole: bool = False) -> list[Structure]:
+        """Structures with geometry, charge, spin, role, scalars, id and domain only. Arrays are read-only views.
+
+        `whole` ones have every field, arrays are copies; it takes several times as long.
+        """
+        if whole:
+            return [self[index] for index in np.asarray(indices, dtype=np.int64).tolist()]
         indices = np.asarray(indices, dtype=np.int64).reshape(-1)
         if len(indices) and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"{self.path}: indices must be 0 to {len(self) - 1}")

@@ -28,8 +28,8 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, indices: Sequence[int] | Array) -> list[Structure]:
-        return self.corpus.read(self.indices[np.asarray(indices, dtype=np.int64)])
+    def read(self, indices: Sequence[int] | Array, whole: bool = False) -> list[Structure]:
+        return self.corpus.read(self.indices[np.asarray(indices, dtype=np.int64)], whole)
 
     def ids(self) -> list[str]:
         all_ids = self.corpus.ids()

@@ -237,8 +237,9 @@ class Mixture:
         epoch, indices = self.sources[source].batch(position)
         return MicroBatch(source, epoch, indices)
 
-    def read(self, batch: MicroBatch) -> list[Structure]:
-        return self.sources[batch.source].corpus.read(batch.indices)
+    def read(self, batch: MicroBatch, whole: bool = False) -> list[Structure]:
+        """Its structures; `whole` ones with all labels."""
+        return self.sources[batch.source].corpus.read(batch.indices, whole)
 
     def digest(self, previous: str, first: int, last: int) -> str:
         """A running hash over which structures the micro-batches first..last-1 hold, after `previous`."""

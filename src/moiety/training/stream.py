@@ -27,7 +27,9 @@ class Prepared(Dataset[Batch]):
         self._labels = [label for objective in objectives for label in objective.labels]
 
     def __getitem__(self, number: int) -> Batch:
-        batch = collate(self._mixture.read(self._mixture.micro_batch(number)), labels=self._labels)
+        batch = collate(
+            self._mixture.read(self._mixture.micro_batch(number), whole=bool(self._labels)), labels=self._labels
+        )
         rng = torch.Generator().manual_seed(own_seed(self._seed, number))
         for objective in self._objectives:
             batch = objective.corrupt(batch, rng)
