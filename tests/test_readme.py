@@ -12,8 +12,8 @@ import torch
 from typer import Context
 from typer.main import get_command
 
+from moiety.adapters.adapter import AdapterSettings, add_adapter, load_base, save_adapter
 from moiety.adapters.finetune import FinetuneConfig
-from moiety.adapters.lora import LoraSettings, add_lora, load_base, save_adapter
 from moiety.cli import app
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPreTraining
@@ -72,7 +72,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_export(MoietyForPreTraining(config).state_dict(), config, export)
     tasks = {"dipole": {"kind": "dipole_norm", "unit": "D"}}
     save_adapter(
-        add_lora(load_base(export, tasks), LoraSettings()), place / "runs/quickstart/dipole/adapter", export, tasks
+        add_adapter(load_base(export, tasks), AdapterSettings()),
+        place / "runs/quickstart/dipole/adapter",
+        export,
+        tasks,
     )
     return place
 

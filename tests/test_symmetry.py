@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moiety.adapters.lora import LoraSettings, add_lora
+from moiety.adapters.adapter import AdapterSettings, add_adapter
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.models.configuration_moiety import MoietyConfig
@@ -49,7 +50,7 @@ def structure(kind: str) -> Structure:
     )
 
 
-def randomize(model: nn.Module) -> nn.Module:
+def randomize(model: Any) -> Any:
     """No parameter keeps the zero it starts from, or the part behind it would not be tested."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -58,12 +59,15 @@ def randomize(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["lmax1", "lmax2"])
+@pytest.fixture(
+    scope="module", params=[(1, "lora"), (2, "lora"), (2, "dora"), (2, "ia3")], ids="lmax{0[0]}-{0[1]}".format
+)
 def models(request: pytest.FixtureRequest) -> list[nn.Module]:
-    """A pretraining model, and a prediction model with LoRA on every linear map of its trunk."""
+    """A pretraining model, and a prediction model with an adapter on every linear map of its trunk."""
+    lmax, kind = request.param
     torch.manual_seed(0)
-    config = MoietyConfig(hidden_size=32, num_layers=2, num_heads=2, edge_channels=16, lmax=request.param, tasks=TASKS)
-    adapted = add_lora(MoietyForPrediction(config), LoraSettings(rank=4))
+    config = MoietyConfig(hidden_size=32, num_layers=2, num_heads=2, edge_channels=16, lmax=lmax, tasks=TASKS)
+    adapted = add_adapter(randomize(MoietyForPrediction(config)), AdapterSettings(rank=4), kind)
     return [randomize(model.double()) for model in (MoietyForPreTraining(config), adapted)]
 
 

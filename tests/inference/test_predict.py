@@ -14,7 +14,7 @@ from ase.build import bulk, molecule
 from ase.io import write
 
 from moiety import InputError, cli
-from moiety.adapters.lora import LoraSettings, add_lora, load_base, save_adapter
+from moiety.adapters.adapter import AdapterSettings, add_adapter, load_base, save_adapter
 from moiety.data.readers import structure_files
 from moiety.inference.loading import batches
 from moiety.inference.predict import load_predictor, predict_files
@@ -150,7 +150,7 @@ def test_a_model_without_a_task_head_says_what_to_do(pretrained_dir):
 
 def test_an_adapter_brings_its_task_to_a_pretrained_model(pretrained_dir: Path, tmp_path: Path, folder: Path, capsys):
     tasks = {"dipole": TASKS["dipole"]}
-    adapted = add_lora(load_base(pretrained_dir, tasks), LoraSettings())
+    adapted = add_adapter(load_base(pretrained_dir, tasks), AdapterSettings())
     save_adapter(adapted, tmp_path / "adapter", pretrained_dir, tasks)
     arguments = ["predict", str(folder / "a_three.xyz"), "--model", str(pretrained_dir)]
     with pytest.raises(SystemExit) as stop:

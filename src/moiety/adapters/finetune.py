@@ -10,8 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from moiety.adapters.adapter import (
+    ADAPTERS,
+    AdapterSettings,
+    add_adapter,
+    load_base,
+    require_export,
+    save_adapter,
+    trainable_share,
+)
 from moiety.adapters.baselines import baselines, known, labels_of
-from moiety.adapters.lora import LoraSettings, add_lora, load_base, require_export, save_adapter, trainable_share
 from moiety.adapters.tasks import Spread, TaskConfig
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
@@ -29,6 +37,9 @@ from moiety.training.run import Run
 
 METHODS = {  # and what results call them
     "lora": "pretrained + LoRA",
+    "rslora": "pretrained + rsLoRA",
+    "dora": "pretrained + DoRA",
+    "ia3": "pretrained + IA3",
     "full": "pretrained, all weights",
     "head": "pretrained, head only",
     "scratch": "from scratch",
@@ -53,14 +64,14 @@ class LabelledDataConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """`method`: lora | full | head (trunk frozen) | scratch (same network, random weights, all trained)."""
+    """`method`: lora | rslora | dora | ia3 | full | head (trunk frozen) | scratch (random weights, all trained)."""
 
     model: str  # export directory of a pretrained model
     task: TaskConfig
     data: LabelledDataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    adapter: LoraSettings = field(default_factory=LoraSettings)
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: str = "lora"
 
     def __post_init__(self) -> None:
@@ -129,8 +140,8 @@ def build_model(config: FinetuneConfig, tasks: dict[str, Any]) -> nn.Module:
         require_export(config.model)
         return MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=tasks))
     model = load_base(config.model, tasks)
-    if config.method == "lora":
-        return add_lora(model, config.adapter)
+    if config.method in ADAPTERS:
+        return add_adapter(model, config.adapter, config.method)
     if config.method == "head":
         model.moiety.requires_grad_(False)
     return model
@@ -150,7 +161,7 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
         return None
     trained = build_model(config, tasks)
     trained.load_state_dict(weights, strict=False)
-    if config.method == "lora":
+    if config.method in ADAPTERS:
         save_adapter(trained, run.path / "adapter", config.model, tasks)  # type: ignore[arg-type]
     else:
         save_model(trained, run.path / "export")  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def load_predictor(model_dir: Path, adapter_dir: Path | None = None) -> Predicto
                 f"{adapter_dir}: no adapter here (adapter_config.json is missing); give the directory "
                 "that finetune/lora.py wrote"
             )
-        from moiety.adapters.lora import load_adapted
+        from moiety.adapters.adapter import load_adapted
 
         model, processor = load_adapted(model_dir, adapter_dir)
     else:

@@ -1,7 +1,8 @@
-"""LoRA on a Moiety trunk with stock `peft`: the adapter is a plain peft directory.
+"""Adapters on a Moiety trunk with stock `peft`: LoRA and its kin; an adapter is a plain peft directory.
 
-Every map that mixes channels is an `nn.Linear` within one degree, so a low-rank update of it commutes with rotations.
-Dropout does not: it would drop components of a vector, so it acts at l = 0 alone.
+Every map that mixes channels is an `nn.Linear` within one degree, so a low-rank update of it, or a factor for each of
+its channels, commutes with rotations. Dropout does not: it would drop components of a vector, so it acts at l = 0
+alone.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from moiety.errors import InputError
 from moiety.models.modeling_moiety import MoietyForPrediction
 
+ADAPTERS = ("lora", "rslora", "dora", "ia3")
 FINGERPRINT_FILE = "moiety_adapter.json"
 DIRECTIONAL = re.compile(r"\.(degrees|out)\.[12]$|\.vectors$")  # linear maps of the trunk that act on l > 0
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Rank of the update, its scale alpha / rank, and dropout (at l = 0 alone)."""
+class AdapterSettings:
+    """Rank of the update, its scale alpha / rank (rslora: alpha / sqrt(rank)), dropout (at l = 0); ia3 has none."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -38,21 +40,45 @@ def trunk_linears(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("moiety.")]
 
 
-def add_lora(model: MoietyForPrediction, settings: LoraSettings) -> PeftModel:
-    """Freezes the trunk, puts LoRA on all its linear maps, and leaves the task heads to be trained whole."""
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        lora_dropout=settings.dropout,
-        target_modules=trunk_linears(model),
-        modules_to_save=[f"heads.{name}" for name in model.heads],
-    )
+def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str = "lora") -> PeftModel:
+    """Freezes the trunk, adapts all its linear maps, and leaves the task heads to be trained whole.
+
+    Args:
+        model: the pretrained trunk with fresh heads.
+        settings: of the adapter.
+        kind: lora (Hu et al., arXiv 2106.09685), rslora (Kalajdzievski, arXiv 2312.03732), dora (Liu et al., arXiv
+            2402.09353), ia3 (Liu et al., arXiv 2205.05638).
+
+    Raises:
+        InputError: dora on a trunk that was never trained, which has weights of zero: it divides by their norms.
+    """
+    if kind == "dora" and (still := [name for name in trunk_linears(model) if _has_zero_rows(model, name)]):
+        raise InputError(f"method=dora: weights of {still[0]} are zero, the trunk was never trained; use lora")
+    where: dict[str, Any] = {
+        "target_modules": trunk_linears(model),
+        "modules_to_save": [f"heads.{name}" for name in model.heads],
+    }
+    if kind == "ia3":
+        config: PeftConfig = IA3Config(feedforward_modules=[], **where)
+    else:
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            use_rslora=kind == "rslora",
+            use_dora=kind == "dora",
+            **where,
+        )
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer) and DIRECTIONAL.search(name):
             for adapter in module.lora_dropout:
                 module.lora_dropout[adapter] = nn.Identity()
     return adapted  # type: ignore[return-value]
+
+
+def _has_zero_rows(model: nn.Module, name: str) -> bool:
+    return bool((model.get_submodule(name).weight.norm(dim=1) == 0).any())  # type: ignore[operator]
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:
