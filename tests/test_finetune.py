@@ -24,7 +24,7 @@ from moiety.training.export import save_model
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests/data/corpora"
-RECIPES = sorted(path.stem for path in (ROOT / "finetune/configs").glob("*.yaml"))
+RECIPES = ("forces_direct", "interactions_energy", "qm9_dipole", "qm9_gap", "qm9_mulliken", "surfaces_adsorption")
 SHORT = ["steps=2", "log_every=1", "warmup_steps=1", "num_train=12", "num_test=8"]
 
 

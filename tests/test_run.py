@@ -73,9 +73,10 @@ class Poisoned:
         self.factor = factor
         self.inner = objective = build_objectives({"coordinates": {}})[0]
         self.bad_calls, self.calls = bad_calls, 0
-        self.name, self.weight, self.scored, self.corrupt = (
+        self.name, self.weight, self.labels, self.scored, self.corrupt = (
             objective.name,
             objective.weight,
+            objective.labels,
             objective.scored,
             objective.corrupt,
         )
