@@ -165,13 +165,13 @@ def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
         save_adapter(trained, run.path / "adapter", config.model, tasks)  # type: ignore[arg-type]
     else:
         save_model(trained, run.path / "export")  # type: ignore[arg-type]
-    output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task.label)
+    output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task)
     sizes = {"trainable_parameters": trainable, "parameters": total}
     return write_results(run.path, config, data, task.answer(output), sizes)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, cutoff: float, subset: Subset, task: str, batch_nodes: int = 4096) -> Array:
+def predict(model: nn.Module, cutoff: float, subset: Subset, task: TaskConfig, batch_nodes: int = 4096) -> Array:
     """Output [items, ...] of a head for the structures of a subset, or for all their nodes, in its order."""
     model.eval()
     order = np.argsort(subset.num_nodes, kind="stable")  # like sizes together: less padding
@@ -179,9 +179,8 @@ def predict(model: nn.Module, cutoff: float, subset: Subset, task: str, batch_no
     parts: list[Array] = [np.empty(0)] * len(subset)
     for indices in np.split(order, cuts):
         batch = with_neighbors(collate(subset.read(indices)), cutoff)
-        values = model(**batch.inputs()).predictions[task].double().numpy()
-        per_node = len(values) == len(batch.node_type) != len(indices)
-        ends = np.cumsum(subset.num_nodes[indices]) if per_node else np.arange(1, len(indices) + 1)
+        values = model(**batch.inputs()).predictions[task.label].double().numpy()
+        ends = np.cumsum(subset.num_nodes[indices] if task.target.per_node else np.ones(len(indices), dtype=np.int64))
         for index, part in zip(indices, np.split(values, ends[:-1]), strict=True):
             parts[index] = part
     return np.concatenate(parts)

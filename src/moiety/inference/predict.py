@@ -13,8 +13,9 @@ from moiety.data.structure import Structure
 from moiety.data.validate import Verdict
 from moiety.errors import InputError
 from moiety.inference.loading import batches, read_model_config
+from moiety.models.modeling_moiety import MoietyForPrediction, TaskHead
 
-PER_NODE = ("node", "vector", "classes")  # kinds of task heads that answer for every node
+PER_NODE = {kind for kind, (per_node, _) in TaskHead.KINDS.items() if per_node}
 DERIVED = {  # what a head of kind "energy" brings along
     "forces": {"kind": "vector", "unit": "eV/Å"},
     "stress": {"kind": "stress", "unit": "eV/Å^3"},
@@ -86,7 +87,6 @@ def load_predictor(model_dir: Path, adapter_dir: Path | None = None) -> Predicto
                 f"{model_dir}: this model has no task head (it is a {kind}); "
                 "fine-tune it with finetune/lora.py and pass --adapter DIR, or use `moiety embed`"
             )
-        from moiety.models.modeling_moiety import MoietyForPrediction
         from moiety.models.processing_moiety import MoietyProcessor
 
         model = MoietyForPrediction.from_pretrained(model_dir)

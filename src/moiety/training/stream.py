@@ -48,7 +48,7 @@ class Stream:
             batch_size=None,
             sampler=numbers,
             num_workers=self._workers,
-            collate_fn=_as_arrays if self._workers else _as_it_is,  # type: ignore[arg-type]
+            collate_fn=_as_arrays if self._workers else None,  # type: ignore[arg-type]
             worker_init_fn=_belong_to_the_rank,
             multiprocessing_context="fork" if self._workers else None,  # shares the opened corpora
             generator=torch.Generator(),  # the process's own random numbers stay what they are
@@ -71,10 +71,6 @@ class Stream:
 def own_seed(seed: int, number: int) -> int:
     """Of a micro-batch: its noise, and its dropout, are the same on whichever rank."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
 
 
 def _as_arrays(batch: Batch) -> Batch:

@@ -44,8 +44,8 @@ class StepSums:
 
     def add_batch(self, batch: Batch) -> None:
         assert batch.edge_index is not None
-        sizes = (batch.num_structures, len(batch.node_type), batch.edge_index.shape[1])
-        self.logged[-COUNTS:] += torch.tensor(sizes, dtype=torch.float64).to(self.flat.device)
+        for place, size in enumerate((batch.num_structures, len(batch.node_type), batch.edge_index.shape[1])):
+            self.logged[place - COUNTS] += size
 
     def add_terms(self, objective: int, batch: Batch, loss_B: Tensor, weight_B: Tensor) -> None:
         terms_B2 = torch.stack([loss_B.detach(), weight_B], dim=-1).double()
