@@ -59,7 +59,8 @@ def finetune(model: str, out: Path, target: str, method: str, seed: int) -> dict
         done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{folder}: exit {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads((folder / "metrics.json").read_text())
+    (metrics,) = json.loads((folder / "metrics.json").read_text())
+    return metrics
 
 
 def collect(jobs: list[tuple[str, str, int]], metrics: list[dict[str, Any]]) -> dict[str, Any]:

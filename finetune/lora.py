@@ -1,4 +1,4 @@
-"""Fine-tune to a property: deepspeed finetune/lora.py --config finetune/configs/qm9_dipole.yaml --out runs/dipole
+"""Fine-tune to properties: deepspeed finetune/lora.py --config finetune/configs/qm9_dipole.yaml --out runs/dipole
 
 `method=lora` (default) trains an adapter, `full` all weights, `head` the head alone, `scratch` a network that was never
 pretrained.
@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(FinetuneConfig, args.config, args.overrides)
     with Run.open(args.out, config, fresh=args.fresh) as run:
         metrics = finetune(run, config)
-        if metrics is not None:
-            for name, value in metrics["results"].items():
-                run.progress.note(f"{metrics['target']} {metrics['metric']} {value:.4f} {metrics['unit']}  {name}")
+        for entry in metrics or ():
+            for name, value in entry["results"].items():
+                run.progress.note(f"{entry['target']} {entry['metric']} {value:.4f} {entry['unit']}  {name}")
     return 0
 
 

@@ -77,12 +77,12 @@ def run_dir(tmp_path: Path, examples: list[dict]) -> Path:
     (run / "denoising_examples.json").write_text(json.dumps(examples))
     common = {"target": "dipole", "metric": "MAE", "unit": "D"}
     (run / "dipole" / "metrics.json").write_text(
-        json.dumps({**common, "results": {"pretrained + LoRA": 0.15, "mean predictor": 1.2}, "labels": 1000})
+        json.dumps([{**common, "results": {"pretrained + LoRA": 0.15, "mean predictor": 1.2}, "labels": 1000}])
     )
-    (run / "dipole_scratch" / "metrics.json").write_text(json.dumps({**common, "results": {"from scratch": 0.25}}))
+    (run / "dipole_scratch" / "metrics.json").write_text(json.dumps([{**common, "results": {"from scratch": 0.25}}]))
     prediction = {"target": "dipole", "unit": "D", "split": "test", "true": [1.0, 2.0], "predicted": [1.1, 1.9]}
     (run / "dipole" / "predictions.json").write_text(
-        json.dumps({**prediction, "metrics": {"MAE": 0.1}, "baselines": {}})
+        json.dumps([{**prediction, "metrics": {"MAE": 0.1}, "baselines": {}}])
     )
     return run
 

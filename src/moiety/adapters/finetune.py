@@ -1,7 +1,8 @@
-"""Fine-tuning to one property of a corpus: data, model, training, and a test beside embarrassing baselines."""
+"""Fine-tuning to properties of a corpus: data, model, training, and a test beside embarrassing baselines."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from moiety.adapters.adapter import (
     save_adapter,
     trainable_share,
 )
-from moiety.adapters.baselines import baselines, known, labels_of
-from moiety.adapters.tasks import Spread, TaskConfig
+from moiety.adapters.baselines import baselines
+from moiety.adapters.references import unknown_elements
+from moiety.adapters.tasks import Task, TaskConfig, known, require_one_energy
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction
 from moiety.tokens.batch import collate, with_neighbors
-from moiety.tokens.labels import Label
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from moiety.training.export import save_model
 from moiety.training.files import write_json
@@ -67,7 +68,7 @@ class FinetuneConfig:
     """`method`: lora | rslora | dora | ia3 | full | head (trunk frozen) | scratch (random weights, all trained)."""
 
     model: str  # export directory of a pretrained model
-    task: TaskConfig
+    tasks: tuple[TaskConfig, ...]
     data: LabelledDataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -75,40 +76,65 @@ class FinetuneConfig:
     method: str = "lora"
 
     def __post_init__(self) -> None:
+        require_one_energy(self.tasks)
         if self.method not in METHODS:
             raise InputError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
 
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Training and test structures with their labels."""
+    """Training and test structures, and what the training labels say of each task."""
 
     train: Subset
     test: Subset
-    spread: Spread  # of the training labels
+    tasks: tuple[Task, ...]
+    without_reference: tuple[str, ...] = ()  # elements for which test structures were left out
 
     @classmethod
-    def open(cls, config: LabelledDataConfig, task: TaskConfig) -> LabelledData:
+    def open(cls, config: LabelledDataConfig, tasks: Sequence[TaskConfig]) -> LabelledData:
         """Chooses `num_train` structures at random and the first `num_test` of the test split.
 
+        A structure needs one of the labels; what it does not have is not scored. Test structures of elements that have
+        no reference energy are left out.
+
         Raises:
-            InputError: a missing corpus, split or label; fewer structures than asked for.
+            InputError: a missing corpus, split or label; fewer structures than asked for; a unit that is not the
+                corpus'.
         """
         chosen = {}
         for split, count in ((config.train_split, config.num_train), (config.test_split, config.num_test)):
             corpus = Corpus.open(config.corpus, split=split)
-            labelled = _labelled(corpus, task.target)
+            labelled = _labelled(corpus, tasks)
             if len(labelled) < count:
+                names = " or ".join(repr(task.label) for task in tasks)
                 raise InputError(
-                    f"{config.corpus}: split {split!r} has {len(labelled)} structures with the label {task.label!r}, "
+                    f"{config.corpus}: split {split!r} has {len(labelled)} structures with the label {names}, "
                     f"{count} are asked for; lower data.num_{'train' if split == config.train_split else 'test'}"
                 )
             if split == config.train_split:
                 labelled = np.random.default_rng(config.seed).permutation(labelled)
             chosen[split] = Subset(corpus, labelled[:count])
         train, test = chosen[config.train_split], chosen[config.test_split]
-        values = labels_of(task, train.read(range(len(train)), whole=True))
-        return cls(train, test, task.spread(values[known(values)]))
+        units = train.manifest.get("units", {})
+        structures = train.read(range(len(train)), whole=True)
+        fitted = tuple(Task.fit(task.in_units_of(units, config.corpus), structures) for task in tasks)
+        references = [task.references.elements for task in fitted if task.references]
+        if not references:
+            return cls(train, test, fitted)
+        strange = [unknown_elements(s, references[0]) for s in test.read(range(len(test)))]
+        kept = np.array([not elements for elements in strange])
+        missing = {name for elements in strange for name in elements}
+        if not kept.any():
+            raise InputError(
+                f"{config.corpus}: every test structure has an element that no training label has "
+                f"({', '.join(sorted(missing))}); raise data.num_train"
+            )
+        return cls(train, Subset(test.corpus, test.indices[kept]), fitted, tuple(sorted(missing)))
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        """MoietyConfig.tasks."""
+        return {name: head for task in self.tasks for name, head in task.head().items()}
 
     def mixture(self, config: LabelledDataConfig) -> Mixture:
         data = DataConfig(
@@ -122,24 +148,31 @@ class LabelledData:
         return Mixture([Source(self.train, Path(config.corpus).name, data, 0)], data)
 
 
-def _labelled(corpus: Corpus, label: Label) -> Array:
-    """Indices of the structures that have a label.
+def _labelled(corpus: Corpus, tasks: Sequence[TaskConfig]) -> Array:
+    """Indices of the structures that have the label of a task.
 
     Raises:
-        InputError: none has a number of that name; those that there are are named.
+        InputError: none has one of that name; those that there are are named.
     """
-    if not label.per_node and not label.shape:
-        return np.flatnonzero(np.isfinite(corpus.scalar(label.name)))
-    return np.array([index for index, s in enumerate(corpus) if label.of(s) is not None], dtype=np.int64)
+    there = np.zeros(len(corpus), dtype=bool)
+    for task in tasks:
+        of_task = corpus.known(Task(task).label.column)
+        if not of_task.any():
+            raise InputError(
+                f"{corpus.path}: no structure of split {corpus.split!r} has a label {task.label!r} for kind "
+                f"{task.kind!r}; there are {', '.join(corpus.label_names) or 'none'}"
+            )
+        there |= of_task
+    return np.flatnonzero(there)
 
 
-def build_model(config: FinetuneConfig, tasks: dict[str, Any]) -> nn.Module:
+def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
     """The network to train: what is trainable is what the method trains."""
     torch.manual_seed(config.training.seed)
     if config.method == "scratch":
         require_export(config.model)
-        return MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=tasks))
-    model = load_base(config.model, tasks)
+        return MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=heads))
+    model = load_base(config.model, heads)
     if config.method in ADAPTERS:
         return add_adapter(model, config.adapter, config.method)
     if config.method == "head":
@@ -147,77 +180,105 @@ def build_model(config: FinetuneConfig, tasks: dict[str, Any]) -> nn.Module:
     return model
 
 
-def finetune(run: Run, config: FinetuneConfig) -> dict[str, Any] | None:
+def finetune(run: Run, config: FinetuneConfig) -> list[dict[str, Any]] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
-    task = config.task
-    data = LabelledData.open(config.data, task)
-    tasks = {task.label: task.head(data.spread)}
-    model = build_model(config, tasks)
+    data = LabelledData.open(config.data, config.tasks)
+    for line in told(data):
+        run.progress.note(line)
+    model = build_model(config, data.heads)
     trainable, total = trainable_share(model)
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
-    fit(run, model, data.mixture(config.data), [task.objective(data.spread)], config.optimizer, config.training)
+    objectives = [task.objective() for task in data.tasks]
+    fit(run, model, data.mixture(config.data), objectives, config.optimizer, config.training)
     weights = run.weights()
     if weights is None:
         return None
-    trained = build_model(config, tasks)
+    trained = build_model(config, data.heads)
     trained.load_state_dict(weights, strict=False)
     if config.method in ADAPTERS:
-        save_adapter(trained, run.path / "adapter", config.model, tasks)  # type: ignore[arg-type]
+        save_adapter(trained, run.path / "adapter", config.model, data.heads)  # type: ignore[arg-type]
     else:
         save_model(trained, run.path / "export")  # type: ignore[arg-type]
-    output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, task)
+    output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, data.tasks)
     sizes = {"trainable_parameters": trainable, "parameters": total}
-    return write_results(run.path, config, data, task.answer(output), sizes)
+    return write_results(run.path, config, data, output, sizes)
+
+
+def told(data: LabelledData) -> Iterator[str]:
+    """What the training labels say: how many, mean and spread, reference energies."""
+    structures = data.train.read(range(len(data.train)), whole=True)
+    if data.without_reference:
+        elements = ", ".join(data.without_reference)
+        yield f"{len(data.test):,} test structures: those with {elements}, which no training label has, are left out"
+    for task in data.tasks:
+        count = int(known(task.labels(structures)).sum())
+        line = f"{task.name}: {count:,} training labels"
+        if not task.classifies:
+            line += f", spread {task.std:.4g} {task.config.unit}"
+            line += " about the reference energies" if task.references else f" about {task.mean:.4g}"
+        yield line
+        for theory, elements in (task.references.of_theory if task.references else {}).items():
+            values = "  ".join(f"{symbol} {energy:.4f}" for symbol, energy in elements.items())
+            yield f"reference energies, eV, least squares over {theory or 'an unnamed level of theory'}: {values}"
 
 
 @torch.no_grad()
-def predict(model: nn.Module, cutoff: float, subset: Subset, task: TaskConfig, batch_nodes: int = 4096) -> Array:
-    """Output [items, ...] of a head for the structures of a subset, or for all their nodes, in its order."""
+def predict(
+    model: nn.Module, cutoff: float, subset: Subset, tasks: Sequence[Task], batch_nodes: int = 4096
+) -> dict[str, Array]:
+    """Outputs of each task [items, ...], for the structures of a subset or for all their nodes, in its order."""
     model.eval()
     order = np.argsort(subset.num_nodes, kind="stable")  # like sizes together: less padding
     cuts = np.flatnonzero(np.diff(np.cumsum(subset.num_nodes[order]) // batch_nodes)) + 1
-    parts: list[Array] = [np.empty(0)] * len(subset)
+    parts: dict[str, list[Array]] = {task.name: [np.empty(0)] * len(subset) for task in tasks}
     for indices in np.split(order, cuts):
         batch = with_neighbors(collate(subset.read(indices)), cutoff)
-        values = model(**batch.inputs()).predictions[task.label].double().numpy()
-        ends = np.cumsum(subset.num_nodes[indices] if task.target.per_node else np.ones(len(indices), dtype=np.int64))
-        for index, part in zip(indices, np.split(values, ends[:-1]), strict=True):
-            parts[index] = part
-    return np.concatenate(parts)
+        predictions = model(**batch.inputs()).predictions
+        for task in tasks:
+            sizes = subset.num_nodes[indices] if task.label.per_node else np.ones(len(indices), dtype=np.int64)
+            values = np.split(predictions[task.name].double().numpy(), np.cumsum(sizes)[:-1])
+            for index, part in zip(indices, values, strict=True):
+                parts[task.name][index] = part
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def write_results(
-    path: Path, config: FinetuneConfig, data: LabelledData, answered: Array, sizes: dict[str, int]
-) -> dict[str, Any]:
-    """metrics.json and predictions.json, with the baselines that need no training."""
-    task = config.task
+    path: Path, config: FinetuneConfig, data: LabelledData, output: dict[str, Array], sizes: dict[str, int]
+) -> list[dict[str, Any]]:
+    """metrics.json and predictions.json, an entry a task, with the baselines that need no training."""
     train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
-    true = labels_of(task, test)
-    error = task.error(answered, true)
-    others = {name: task.error(answers, true) for name, answers in baselines(task, train, test).items()}
     name = METHODS[config.method]
-    metrics = {
-        "target": task.label,
-        "metric": task.metric,
-        "unit": task.metric_unit,
-        "results": {name: error, **others},
-        "num_train": len(data.train),
-        "num_test": len(data.test),
-        "steps": config.training.steps,
-        "seed": config.training.seed,
-        **sizes,
-    }
+    metrics, predictions = [], []
+    for task in data.tasks:
+        answered, true = task.answer(output[task.name], test), task.labels(test)
+        error = task.error(answered, true)
+        others = {name: task.error(answers, true) for name, answers in baselines(task, train, test).items()}
+        metrics.append(
+            {
+                "target": task.name,
+                "metric": task.metric,
+                "unit": task.metric_unit,
+                "results": {name: error, **others},
+                "num_train": len(train),
+                "num_test": len(test),
+                "steps": config.training.steps,
+                "seed": config.training.seed,
+                **sizes,
+            }
+        )
+        there = np.isfinite(true)
+        predictions.append(
+            {
+                "target": task.name,
+                "unit": task.config.unit,
+                "split": config.data.test_split,
+                "method": name,
+                "true": true[there].tolist(),
+                "predicted": answered[there].tolist(),
+                "metrics": {task.metric: error},
+                "baselines": others,
+            }
+        )
     write_json(path / "metrics.json", metrics)
-    there = np.isfinite(true)
-    predictions = {
-        "target": task.label,
-        "unit": task.unit,
-        "split": config.data.test_split,
-        "method": name,
-        "true": true[there].tolist(),
-        "predicted": answered[there].tolist(),
-        "metrics": {task.metric: error},
-        "baselines": others,
-    }
     write_json(path / "predictions.json", predictions)
     return metrics

@@ -1,88 +1,193 @@
 """What is learned from labels: how a head reads it off the nodes, what its loss is, how an answer is scored."""
-# Shapes: K classes.
+# Shapes: n structures, K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from moiety.adapters.references import References
+from moiety.data.structure import Array, Structure
 from moiety.errors import InputError
-from moiety.models.modeling_moiety import TaskHead
+from moiety.models.heads_moiety import TaskHead
 from moiety.objectives.regression import Classification, Regression, Supervised
-from moiety.tokens.labels import Label
+from moiety.tokens.labels import RESIDUE, Label
 
-Array = np.ndarray
-
-
-class Spread(NamedTuple):
-    """Mean and standard deviation of a label, in the task's unit: what the head's own numbers are measured in."""
-
-    mean: float
-    std: float
+DERIVED: dict[str, tuple[bool, tuple[int, ...]]] = {"forces": (True, (3,)), "stress": (False, (3, 3))}
+KINDS = TaskHead.KINDS | DERIVED
+ENERGY_UNITS = ("eV", "eV/atom")
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """`label` is a label of the corpus, `kind` how the head reads it off the nodes (see TaskHead)."""
+    """`label` is a label of the corpus, `kind` how the head reads it off the nodes (see TaskHead).
+
+    The kinds forces and stress have no head: they are derivatives of the task of kind energy beside them. An energy in
+    eV/atom is scored, and weighs in the loss, per atom; predictions are total energies either way.
+    """
 
     label: str
     kind: str
-    unit: str = ""
+    unit: str = ""  # default: what the corpus says
     classes: tuple[str, ...] = ()  # names, in the order of the numbers that the label has
+    weight: float = 1.0  # of its loss, which is in spreads of the label
 
     def __post_init__(self) -> None:
-        kinds = [kind for kind in TaskHead.KINDS if kind != "energy"]
-        if self.kind not in kinds:
-            raise InputError(f"task.kind is {self.kind!r}; it must be one of {', '.join(kinds)}")
-        if self.classifies != bool(self.classes):
+        where = f"tasks: {self.label}:"
+        if self.kind not in KINDS:
+            raise InputError(f"{where} kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if (self.kind == "classes") != bool(self.classes):
             raise InputError(
-                f"task.classes is {list(self.classes)}; kind 'classes' needs their names, no other has any"
+                f"{where} classes is {list(self.classes)}; kind 'classes' needs their names, no other has any"
             )
+        if self.kind == "residues" and self.label != RESIDUE:
+            raise InputError(f"{where} kind 'residues' learns the types of the residues; its label is {RESIDUE!r}")
+        if self.kind in DERIVED and self.label != self.kind:
+            raise InputError(f"{where} kind {self.kind!r} is a derivative of the energy; its label is {self.kind!r}")
+        if self.kind == "energy" and self.unit not in ("", *ENERGY_UNITS):
+            raise InputError(f"{where} unit is {self.unit!r}; kind energy has {' or '.join(ENERGY_UNITS)}")
+
+    @property
+    def label_unit(self) -> str:
+        """Of the labels in the corpus."""
+        return "eV" if self.kind == "energy" else self.unit
+
+    def in_units_of(self, units: dict[str, str], where: str) -> TaskConfig:
+        """The task with the unit that a corpus gives its label.
+
+        Raises:
+            InputError: the task says another one.
+        """
+        stored = units.get(self.label, "").split(",")[0].strip()
+        if stored and self.label_unit not in ("", stored):
+            raise InputError(
+                f"tasks: {self.label}: unit is {self.label_unit!r}, but {where} has {stored!r}; leave the unit out, or "
+                "convert the labels"
+            )
+        return self if self.unit else dataclasses.replace(self, unit=stored)
+
+
+def require_one_energy(tasks: Sequence[TaskConfig]) -> None:
+    """InputError where tasks do not go together: names that come twice, forces without an energy."""
+    if not tasks:
+        raise InputError("tasks is empty; name at least one: [{label: dipole, kind: dipole_norm}]")
+    names = [task.label for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"tasks: {', '.join(twice)} comes twice")
+    energies = [task.label for task in tasks if task.kind == "energy"]
+    derived = [task.label for task in tasks if task.kind in DERIVED]
+    if len(energies) > 1 or (derived and not energies):
+        raise InputError(
+            f"tasks: {', '.join(energies + derived)}: one task of kind energy is needed for forces or stress, and no "
+            "more than one; forces read off the nodes are of kind vector"
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and what its training labels say: mean and spread in its unit, and reference energies."""
+
+    config: TaskConfig
+    mean: float = 0.0
+    std: float = 1.0
+    node_std: float = 1.0  # kind energy: spread of the part of a node, eV
+    references: References | None = field(default=None, repr=False)
+
+    @classmethod
+    def fit(cls, config: TaskConfig, train: Sequence[Structure]) -> Task:
+        """From structures, some of which may be without the label.
+
+        Raises:
+            InputError: no label is known, or all of them are the same.
+        """
+        bare = cls(config)
+        labelled = [s for s in train if bare.label.of(s) is not None]
+        if config.kind == "energy" and labelled:
+            energies = np.array([bare.label.of(s) for s in labelled], dtype=np.float64)
+            bare = dataclasses.replace(bare, references=References.fit(labelled, energies))
+        values = bare.labels(labelled)
+        values = values[known(values)]
+        if not len(values):
+            raise InputError(f"tasks: {config.label}: no training structure has this label")
+        if bare.classifies:
+            return bare
+        mean, centred = bare.centred(values, labelled)
+        std = float(np.sqrt(np.square(centred).mean()))
+        if not std > 1e-12 * max(1.0, abs(mean)):
+            raise InputError(
+                f"tasks: {config.label}: all {len(values):,} labels are {mean:.6g}"
+                f"{' an atom' if config.kind == 'energy' else ''}: nothing to learn"
+            )
+        sizes = np.array([s.num_nodes for s in labelled])
+        node_std = std if bare.per_atom else std / float(np.sqrt(sizes.mean()))
+        return dataclasses.replace(bare, mean=mean, std=std, node_std=node_std)
+
+    @property
+    def name(self) -> str:
+        return self.config.label
+
+    @property
+    def kind(self) -> str:
+        return self.config.kind
 
     @property
     def classifies(self) -> bool:
-        return self.kind == "classes"
+        return self.kind in ("classes", "residues")
 
     @property
-    def target(self) -> Label:
-        per_node, shape = TaskHead.KINDS[self.kind]
-        return Label(self.label, shape, per_node)
+    def per_atom(self) -> bool:
+        return self.config.unit == "eV/atom"
+
+    @cached_property
+    def label(self) -> Label:
+        per_node, shape = KINDS[self.kind]
+        return Label(self.name, shape, per_node, self.references.aligned if self.references else None)
+
+    def labels(self, structures: Sequence[Structure]) -> Array:
+        """[items, ...] float64 in the task's unit, NaN where one is not known."""
+        if not structures:
+            return np.empty((0, *self.label.shape))
+        return self._in_unit(self.label.values(structures).numpy(), structures)
+
+    def _in_unit(self, values: Array, structures: Sequence[Structure]) -> Array:
+        return values / [s.num_nodes for s in structures] if self.per_atom else values
 
     def middle(self, values: Array) -> float:
         """Mean of labels [items, ...]; of the diagonal of matrices, and 0 for vectors, which have none that turns."""
-        if self.kind == "vector":
+        if self.label.shape == (3,):
             return 0.0
-        return float((np.trace(values, axis1=1, axis2=2) / 3 if self.kind == "tensor" else values).mean())
+        return float((np.trace(values, axis1=1, axis2=2) / 3 if self.label.shape == (3, 3) else values).mean())
 
-    def spread(self, values: Array) -> Spread:
-        """Of labels [items, ...] that are all known.
+    def centred(self, values: Array, structures: Sequence[Structure]) -> tuple[float, Array]:
+        """Mean, and labels less what it explains; of energies, less the references, that mean is 0."""
+        if self.references:
+            totals = np.array([self.references.total(s, self.references.main) for s in structures])
+            return 0.0, values - self._in_unit(totals, structures)
+        mean = self.middle(values)
+        return mean, values - mean * (np.eye(3) if self.label.shape == (3, 3) else 1.0)
 
-        Raises:
-            InputError: all of them are the same.
-        """
+    def head(self) -> dict[str, dict[str, Any]]:
+        """The entry of MoietyConfig.tasks; none for a derivative."""
+        if self.kind in DERIVED:
+            return {}
+        spec: dict[str, Any] = {"kind": self.kind}
+        if self.references:
+            spec |= {"std": self.node_std, "unit": "eV", "references": self.references.elements}
+        elif self.kind == "classes":
+            spec["classes"] = list(self.config.classes)
+        elif not self.classifies:
+            spec |= {"mean": self.mean, "std": self.std, "unit": self.config.unit}
+        return {self.name: spec}
+
+    def objective(self) -> Supervised:
         if self.classifies:
-            return Spread(0.0, 1.0)
-        middle = self.middle(values)
-        centred = values - middle * (np.eye(3) if self.kind == "tensor" else 1.0)
-        std = float(np.sqrt(np.square(centred).mean()))
-        if not std > 0:
-            raise InputError(
-                f"task.label {self.label!r}: all {len(values):,} labels are {middle:.6g}: nothing to learn"
-            )
-        return Spread(middle, std)
-
-    def head(self, spread: Spread) -> dict[str, Any]:
-        """The entry of MoietyConfig.tasks."""
-        if self.classifies:
-            return {"kind": self.kind, "classes": list(self.classes)}
-        return {"kind": self.kind, "mean": spread.mean, "std": spread.std, "unit": self.unit}
-
-    def objective(self, spread: Spread) -> Supervised:
-        if self.classifies:
-            return Classification(self.label, self.target)
-        return Regression(self.label, self.target, spread.std)
+            return Classification(self.name, self.label, self.config.weight)
+        return Regression(self.name, self.label, self.std, self.config.weight, self.per_atom)
 
     @property
     def metric(self) -> str:
@@ -90,15 +195,22 @@ class TaskConfig:
 
     @property
     def metric_unit(self) -> str:
-        return "%" if self.classifies else self.unit
+        return "%" if self.classifies else self.config.unit
 
-    def answer(self, output: Array) -> Array:
-        """What the head's output [items, ...] says: numbers as they are, logits as the number of the best class."""
-        return output.argmax(-1).astype(np.float64) if self.classifies else output
+    def answer(self, output: Array, structures: Sequence[Structure]) -> Array:
+        """What the output [items, ...] says in the task's unit; logits become the number of the best class."""
+        if self.classifies:
+            return output.argmax(-1).astype(np.float64)
+        return self._in_unit(output, structures)
 
     def error(self, answered: Array, true: Array) -> float:
         """MAE over items and components, or the percentage of wrong classes; what is not known is left out."""
-        known = np.isfinite(true)
+        there = np.isfinite(true)
         if self.classifies:
-            return float(100 * (answered[known] != true[known]).mean())
-        return float(np.abs(answered - true)[known].mean())
+            return float(100 * (answered[there] != true[there]).mean())
+        return float(np.abs(answered - true)[there].mean())
+
+
+def known(labels: Array) -> Array:
+    """[items] bool: where all of a label is there."""
+    return np.asarray(np.isfinite(labels).reshape(len(labels), -1).all(axis=1))

@@ -177,6 +177,13 @@ class Shard:
         """Names of the labels stored under a prefix such as "scalar:"."""
         return [name.removeprefix(prefix) for name in self.table.column_names if name.startswith(prefix)]
 
+    @property
+    def labels(self) -> list[str]:
+        """Columns that hold labels: energy, forces, scalar:gap."""
+        prefixes = ("scalar:", "node_scalar:", *TENSORS)
+        plain = ("energy", *(name for name in LABELS if name != "residue_index"))
+        return [name for name in self.table.column_names if name in plain or name.startswith(prefixes)]
+
     def column(self, name: str) -> Array:
         """[n] numbers of a column without nulls."""
         return self.table[name].chunk(0).to_numpy()
@@ -186,6 +193,10 @@ class Shard:
         if not self.has(name):
             return np.full(len(self), np.nan)
         return self.table[name].chunk(0).to_numpy(zero_copy_only=False).astype(np.float64)
+
+    def known(self, name: str) -> Array:
+        """[n] bool, False where a column is null or absent."""
+        return self.table[name].is_valid().to_numpy() if self.has(name) else np.zeros(len(self), dtype=bool)
 
     def strings(self, name: str) -> list[str]:
         """[n] strings of a column, "" where it is null or absent."""

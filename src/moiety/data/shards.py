@@ -218,6 +218,16 @@ class Corpus:
             raise InputError(f"{self.path}: no label {name!r}; it has {known}")
         return np.concatenate([shard.floats(column) for shard in self._shards])
 
+    @property
+    def label_names(self) -> list[str]:
+        """Columns of labels that at least one structure has, as `known` takes them."""
+        columns = {name for shard in self._shards for name in shard.labels}
+        return sorted(columns)
+
+    def known(self, column: str) -> Array:
+        """[n] bool: which structures have an entry in a column of the shards, such as `energy` or `scalar:gap`."""
+        return np.concatenate([shard.known(column) for shard in self._shards])
+
     @cached_property
     def fingerprint(self) -> str:
         """One hash of what is read here: every shard's sha256, and the split."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 
 import torch
 
+from moiety.adapters.references import unknown_elements
 from moiety.data.structure import Structure
 from moiety.data.validate import Verdict
 from moiety.errors import InputError
 from moiety.inference.loading import batches, read_model_config
-from moiety.models.modeling_moiety import MoietyForPrediction, TaskHead
+from moiety.models.heads_moiety import TaskHead
+from moiety.models.modeling_moiety import MoietyForPrediction
+from moiety.models.vocabulary_moiety import AMINO_ACIDS
 
 PER_NODE = {kind for kind, (per_node, _) in TaskHead.KINDS.items() if per_node}
 DERIVED = {  # what a head of kind "energy" brings along
@@ -31,6 +35,11 @@ class Predictor:
     model: Any  # MoietyForPrediction, possibly wrapped by peft
     processor: Any  # MoietyProcessor
     tasks: dict[str, Any]  # name -> {"kind", "unit", ...}, as in MoietyConfig.tasks
+
+    def missing(self, structure: Structure) -> list[str]:
+        """Elements of a structure whose energy is not known, so that it can have no total energy."""
+        known = [task["references"] for task in self.tasks.values() if task.get("references")]
+        return unknown_elements(structure, known[0]) if known else []
 
     def __call__(self, structures: list[Structure]) -> list[dict[str, Any]]:
         """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}.
@@ -57,9 +66,10 @@ def _told(structure: Structure, task: dict[str, Any], value: torch.Tensor) -> di
         return NO_DIPOLE
     if task["kind"] == "stress" and (structure.pbc is None or not structure.pbc.all()):
         return NO_STRESS
-    if task["kind"] == "classes":
+    if task["kind"] in ("classes", "residues"):
         probability_N, best_N = value.softmax(-1).max(-1)
-        names = [task["classes"][index] for index in best_N.tolist()]
+        classes = task.get("classes", AMINO_ACIDS)
+        names = [classes[index] for index in best_N.tolist()]
         return {"value": names, "unit": "", "probability": probability_N.tolist()}
     return {"value": value.tolist(), "unit": task.get("unit", "")}
 
@@ -103,11 +113,26 @@ def predict_files(
         {file, index, id, ok: True, predictions: {task: {value, unit}}} or
         {file, index, id, ok: False, error: {code, reason, remedy}}.
     """
-    for chunk in batches(paths, batch_nodes, all_atom):
+    for read in batches(paths, batch_nodes, all_atom):
+        chunk = [_refused(predictor, verdict) for verdict in read]
         structures = [verdict.structure for verdict in chunk if verdict.structure is not None]
         predicted = iter(predictor(structures) if structures else [])
         for verdict in chunk:
             yield _line(verdict, None if verdict.structure is None else next(predicted))
+
+
+def _refused(predictor: Predictor, verdict: Verdict) -> Verdict:
+    """The verdict, or why the model cannot answer for its structure."""
+    if verdict.structure is None or not (missing := predictor.missing(verdict.structure)):
+        return verdict
+    return dataclasses.replace(
+        verdict,
+        ok=False,
+        code="no_reference_energy",
+        reason=f"no reference energy of {', '.join(missing)}: the training labels of this model have none",
+        remedy="fine-tune on labels that have these elements, or leave the structure out",
+        structure=None,
+    )
 
 
 def _line(verdict: Verdict, predictions: dict[str, Any] | None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ config.json              training: the configuration, any nesting
 run.json                 training: parameters, versions, machine, corpora {name: {domain, structures, nodes, share}}
 trivial.json             describe_run: {domain: {objective: loss of a predictor that knows nothing}}
 denoising_examples.json  describe_run: a list, see `moiety.inference.examples.denoising_examples`
-metrics.json             fine-tuning: target, metric, unit, results {method: value}; the rest is shown as is
-predictions.json         fine-tuning: target, unit, split, true [n], predicted [n], metrics {name: value}, baselines
+metrics.json             fine-tuning, a list: target, metric, unit, results {method: value}; the rest is shown as is
+predictions.json         the same: target, unit, split, true [n], predicted [n], metrics {name: value}, baselines
 
 `metrics.json` and `predictions.json` are looked for in the run directory and in the directories directly below it, so a
 fine-tuning that puts its `--out` inside the pretraining run appears in that run's report. Results of the same target
@@ -96,7 +96,7 @@ def _read(path: Path, default: Any) -> Any:
 
 def _read_each(directory: Path, name: str) -> list[dict[str, Any]]:
     paths = [directory / name, *sorted(directory.glob(f"*/{name}"))]
-    return [{"directory": path.parent.name, **_read(path, {})} for path in paths if path.exists()]
+    return [{"directory": path.parent.name, **entry} for path in paths if path.exists() for entry in _read(path, [])]
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

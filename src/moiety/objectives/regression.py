@@ -40,18 +40,25 @@ class Supervised(Objective):
 
 
 class Regression(Supervised):
-    """Huber loss between prediction and label, both divided by the label's spread; a mean over the components."""
+    """Huber loss between prediction and label, both divided by the label's spread; a mean over the components.
 
-    def __init__(self, task: str, label: Label, std: float, weight: float = 1.0):
+    With `per_atom` the spread is that of a structure's label divided by its number of nodes.
+    """
+
+    def __init__(self, task: str, label: Label, std: float, weight: float = 1.0, per_atom: bool = False):
         super().__init__(task, label, weight)
-        self.std = std
+        self.std, self.per_atom = std, per_atom
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
-        known = self.known(batch)
-        target = torch.nan_to_num(self.target(batch)) / self.std
-        error = F.huber_loss(output.predictions[self.name] / self.std, target, reduction="none", delta=ELBOW)
-        error = error.flatten(1).mean(1) if self.label.shape else error
-        return self.by_structure(error * known / ELBOW, batch)  # slope 1 beyond the elbow
+        known, target = self.known(batch), self.target(batch)
+        predicted = output.predictions[self.name]
+        shown = known.reshape(-1, *[1] * (target.ndim - 1))  # what is not known may be NaN on both sides
+        difference = torch.where(shown, predicted - target, 0.0)  # of total energies: in the precision of the target
+        scale = self.std * batch.num_nodes_B if self.per_atom else self.std
+        error = (difference / scale).to(batch.positions.dtype)
+        loss = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=ELBOW)
+        loss = loss.flatten(1).mean(1) if self.label.shape else loss
+        return self.by_structure(loss / ELBOW, batch)  # slope 1 beyond the elbow
 
 
 class Classification(Supervised):

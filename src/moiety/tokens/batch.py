@@ -81,7 +81,7 @@ def collate(structures: list[Structure], dtype: torch.dtype = torch.float32, lab
     """
     targets, node_targets = {}, {}
     for label in labels:
-        (node_targets if label.per_node else targets)[label.name] = label.values(structures, dtype)
+        (node_targets if label.per_node else targets)[label.name] = label.values(structures)
     inputs = to_tensors(pack([vars(s) for s in structures]), dtype)
     return Batch(**inputs, targets=targets, node_targets=node_targets, ids=[s.id for s in structures])
 
