@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str
             use_dora=kind == "dora",
             **where,
         )
-    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer) and DIRECTIONAL.search(name):
             for adapter in module.lora_dropout:

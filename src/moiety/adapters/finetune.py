@@ -57,6 +57,7 @@ class LabelledDataConfig:
     num_train: int = 1000
     test_split: str = "test"
     num_test: int = 5000
+    test_corpus: str = ""  # default: the corpus
     node_budget: int = 320
     edge_budget: int = 8000
     micro_batches: int = 2
@@ -101,20 +102,9 @@ class LabelledData:
             InputError: a missing corpus, split or label; fewer structures than asked for; a unit that is not the
                 corpus'.
         """
-        chosen = {}
-        for split, count in ((config.train_split, config.num_train), (config.test_split, config.num_test)):
-            corpus = Corpus.open(config.corpus, split=split)
-            labelled = _labelled(corpus, tasks)
-            if len(labelled) < count:
-                names = " or ".join(repr(task.label) for task in tasks)
-                raise InputError(
-                    f"{config.corpus}: split {split!r} has {len(labelled)} structures with the label {names}, "
-                    f"{count} are asked for; lower data.num_{'train' if split == config.train_split else 'test'}"
-                )
-            if split == config.train_split:
-                labelled = np.random.default_rng(config.seed).permutation(labelled)
-            chosen[split] = Subset(corpus, labelled[:count])
-        train, test = chosen[config.train_split], chosen[config.test_split]
+        rng = np.random.default_rng(config.seed)
+        train = _chosen(config.corpus, config.train_split, tasks, config.num_train, "data.num_train", rng)
+        test = _chosen(config.test_corpus or config.corpus, config.test_split, tasks, config.num_test, "data.num_test")
         units = train.manifest.get("units", {})
         structures = train.read(range(len(train)), whole=True)
         fitted = tuple(Task.fit(task.in_units_of(units, config.corpus), structures) for task in tasks)
@@ -126,7 +116,7 @@ class LabelledData:
         missing = {name for elements in strange for name in elements}
         if not kept.any():
             raise InputError(
-                f"{config.corpus}: every test structure has an element that no training label has "
+                f"{test.corpus.path}: every test structure has an element that no training label has "
                 f"({', '.join(sorted(missing))}); raise data.num_train"
             )
         return cls(train, Subset(test.corpus, test.indices[kept]), fitted, tuple(sorted(missing)))
@@ -146,6 +136,21 @@ class LabelledData:
             seed=config.seed,
         )
         return Mixture([Source(self.train, Path(config.corpus).name, data, 0)], data)
+
+
+def _chosen(
+    path: str, split: str, tasks: Sequence[TaskConfig], count: int, key: str, rng: np.random.Generator | None = None
+) -> Subset:
+    """`count` structures that have the label of a task: the first ones, or any with `rng`."""
+    corpus = Corpus.open(path, split=split)
+    labelled = _labelled(corpus, tasks)
+    if len(labelled) < count:
+        names = " or ".join(repr(task.label) for task in tasks)
+        raise InputError(
+            f"{path}: split {split!r} has {len(labelled)} structures with the label {names}, {count} are asked for; "
+            f"lower {key}"
+        )
+    return Subset(corpus, (labelled if rng is None else rng.permutation(labelled))[:count])
 
 
 def _labelled(corpus: Corpus, tasks: Sequence[TaskConfig]) -> Array:
@@ -187,6 +192,8 @@ def finetune(run: Run, config: FinetuneConfig) -> list[dict[str, Any]] | None:
         run.progress.note(line)
     model = build_model(config, data.heads)
     trainable, total = trainable_share(model)
+    source = "random weights" if config.method == "scratch" else config.model
+    run.progress.note(f"trunk from {source}; new heads, from random weights: {', '.join(data.heads)}")
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objectives = [task.objective() for task in data.tasks]
     fit(run, model, data.mixture(config.data), objectives, config.optimizer, config.training)
@@ -210,6 +217,7 @@ def told(data: LabelledData) -> Iterator[str]:
     if data.without_reference:
         elements = ", ".join(data.without_reference)
         yield f"{len(data.test):,} test structures: those with {elements}, which no training label has, are left out"
+    yield f"tested on {len(data.test):,} of {data.test.corpus.path}"
     for task in data.tasks:
         count = int(known(task.labels(structures)).sum())
         line = f"{task.name}: {count:,} training labels"

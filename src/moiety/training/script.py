@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from transformers.utils import logging
+
 from moiety.errors import InputError
 from moiety.training.checkpoint import SaveFailed
 
@@ -14,6 +16,9 @@ from moiety.training.checkpoint import SaveFailed
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Runs a script's main and exits with what it returns, or with the code that its failure deserves."""
     first = os.environ.get("RANK", "0") == "0"
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # reports and bars of every model that is loaded
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         sys.exit(main())
     except InputError as error:
