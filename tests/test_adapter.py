@@ -24,6 +24,7 @@ from moiety.adapters.adapter import (
 )
 from moiety.data.shards import Corpus
 from moiety.errors import InputError
+from moiety.inference.predict import load_predictor
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.tokens.batch import Batch, collate, with_neighbors
@@ -88,8 +89,10 @@ def test_saved_loaded_and_merged_adapters_predict_the_same(
     by_us, _ = load_adapted(export, tmp_path / "adapter")
     assert torch.allclose(dipole(by_peft, batch), expected, rtol=1e-5, atol=1e-5)
     assert torch.allclose(dipole(by_us, batch), expected, rtol=1e-5, atol=1e-5)
-    if kind == "ia3":  # peft 0.21 merges it only where whole modules, as our heads, are not saved with it
-        return
+    if kind != "ia3":  # peft divides by its factors again, which near zero loses digits
+        by_us.merge_adapter()
+        assert torch.allclose(dipole(by_us, batch), expected, rtol=1e-4, atol=1e-4)
+        by_us.unmerge_adapter()
     merged = by_us.merge_and_unload()
     assert isinstance(merged, MoietyForPrediction)
     merged.save_pretrained(tmp_path / "merged")
@@ -107,9 +110,35 @@ def test_an_adapter_refuses_another_base(export: Path, tmp_path: Path) -> None:
     torch.manual_seed(9)
     other = MoietyForPreTraining(MoietyConfig(**SMALL))
     write_export(other.state_dict(), other.config, tmp_path / "other")
-    theirs = json.loads((tmp_path / "adapter/moiety_adapter.json").read_text())["base_fingerprint"]
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    theirs = config["auto_mapping"]["base_fingerprint"]
     with pytest.raises(InputError, match=theirs):
         load_adapted(tmp_path / "other", tmp_path / "adapter")
+
+
+def test_adapters_on_one_trunk_are_switched_and_do_not_disturb_each_other(
+    export: Path, batch: Batch, tmp_path: Path
+) -> None:
+    gap = {"gap": {"kind": "mean", "mean": 6.0, "std": 1.0, "unit": "eV"}}
+    for name, tasks in (("dipole", TASKS), ("gap", gap)):
+        adapted = randomized(add_adapter(load_base(export, tasks), AdapterSettings()))
+        save_adapter(adapted, tmp_path / name, export, tasks)
+    structures = Corpus.open(ROOT / "tests/data/corpora/qm9", split="train").read(range(4))
+    alone = {name: load_predictor(export, tmp_path / name)(structures) for name in ("dipole", "gap")}
+    both = load_predictor(export, {name: tmp_path / name for name in ("dipole", "gap")})
+    for name in ("gap", "dipole", "gap"):
+        for here, there in zip(both(structures, name), alone[name], strict=True):
+            assert here.keys() == {name} and here[name]["value"] == pytest.approx(there[name]["value"], rel=1e-5)
+    with pytest.raises(InputError, match="the trunk has dipole, gap"):
+        both(structures)
+
+
+def test_adapters_that_read_a_task_differently_are_not_mixed(export: Path, tmp_path: Path) -> None:
+    for name, mean in (("one", 2.7), ("two", 3.0)):
+        tasks = {"dipole": TASKS["dipole"] | {"mean": mean}}
+        save_adapter(add_adapter(load_base(export, tasks), AdapterSettings()), tmp_path / name, export, tasks)
+    with pytest.raises(InputError, match="load it alone"):
+        load_adapted(export, {name: tmp_path / name for name in ("one", "two")})
 
 
 def test_a_missing_adapter_and_a_missing_base_are_named(export: Path, tmp_path: Path) -> None:
@@ -122,7 +151,7 @@ def test_a_missing_adapter_and_a_missing_base_are_named(export: Path, tmp_path: 
 def test_gradients_and_optimizer_state_exist_for_adapter_and_head_alone(export: Path, batch: Batch) -> None:
     adapted = add_adapter(load_base(export, TASKS), AdapterSettings())
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    assert all("lora_" in name or ".heads.dipole.modules_to_save" in name for name in trained)
+    assert all("lora_" in name or (".heads.dipole." in name and "modules_to_save" in name) for name in trained)
     optimizer = torch.optim.AdamW(trained.values())
     adapted(**batch.inputs()).predictions["dipole"].sum().backward()
     optimizer.step()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from torch import nn
 
 from moiety.errors import InputError
 from moiety.models.modeling_moiety import MoietyForPrediction
+from moiety.training.files import write_json
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("lora", "rslora", "dora", "ia3")
-FINGERPRINT_FILE = "moiety_adapter.json"
 DIRECTIONAL = re.compile(r"\.(degrees|out)\.[12]$|\.vectors$")  # linear maps of the trunk that act on l > 0
 
 
@@ -39,6 +41,11 @@ class AdapterSettings:
 def trunk_linears(model: nn.Module) -> list[str]:
     """Names of all linear maps of the trunk."""
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("moiety.")]
+
+
+def head_modules(model: MoietyForPrediction) -> list[str]:
+    """Names of the modules of all heads that have weights of their own: peft merges nothing larger."""
+    return [name for name, m in model.named_modules() if name.startswith("heads.") and m._parameters]
 
 
 def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str = "lora") -> PeftModel:
@@ -57,7 +64,8 @@ def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str
         raise InputError(f"method=dora: weights of {still[0]} are zero, the trunk was never trained; use lora")
     where: dict[str, Any] = {
         "target_modules": trunk_linears(model),
-        "modules_to_save": [f"heads.{name}" for name in model.heads],
+        "exclude_modules": r"heads\..*",  # peft shortens the names above, as far as this model's own heads allow
+        "modules_to_save": head_modules(model),
     }
     if kind == "ia3":
         config: PeftConfig = IA3Config(feedforward_modules=[], **where)
@@ -100,10 +108,33 @@ def base_fingerprint(model_dir: str | Path) -> str:
 
 
 def save_adapter(model: PeftModel, out: Path, model_dir: str | Path, tasks: dict[str, Any]) -> None:
-    """Writes the peft directory, and beside it which base it belongs to and the tasks of its heads."""
+    """Writes the peft directory; its adapter_config.json says which base it belongs to, and the tasks of its heads.
+
+    Both stand under `auto_mapping`, the one free mapping that peft keeps as it is.
+    """
     model.save_pretrained(str(out))
-    facts = {"base_fingerprint": base_fingerprint(model_dir), "base": str(model_dir), "tasks": tasks}
-    (out / FINGERPRINT_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+    path = out / ADAPTER_CONFIG
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = str(model_dir)
+    config["auto_mapping"] |= {"base_fingerprint": base_fingerprint(model_dir), "tasks": tasks}
+    write_json(path, config)
+
+
+def adapter_facts(adapter_dir: str | Path) -> dict[str, Any]:
+    """base_fingerprint, tasks and base of an adapter.
+
+    Raises:
+        InputError: no adapter there, or one that is not of a Moiety model.
+    """
+    path = Path(adapter_dir) / ADAPTER_CONFIG
+    if not path.is_file():
+        raise InputError(f"{adapter_dir}: no adapter here ({path.name} is missing); give finetune's --out/adapter")
+    try:
+        config = json.loads(path.read_text())
+        facts = config["auto_mapping"] | {"base": config["base_model_name_or_path"]}
+        return {key: facts[key] for key in ("base_fingerprint", "tasks", "base")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: does not say which Moiety model it belongs to; fine-tune again") from error
 
 
 def require_export(model_dir: str | Path) -> None:
@@ -125,26 +156,39 @@ def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPredicti
     return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
 
 
-def load_adapted(model_dir: str | Path, adapter_dir: str | Path) -> tuple[PeftModel, Any]:
-    """A pretrained model with an adapter on it, and the processor.
+def load_adapted(model_dir: str | Path, adapters: str | Path | Mapping[str, str | Path]) -> tuple[PeftModel, Any]:
+    """A pretrained model with adapters on it, and the processor.
+
+    Args:
+        model_dir: the exported base.
+        adapters: a directory, or several by name; `set_adapter(name)` switches, the first is active. Every head gives
+            its predictions all the time: those of the active adapter are the ones that mean something.
 
     Raises:
-        InputError: no adapter there, or it was trained on another base (both fingerprints are named).
+        InputError: no adapter there, or it was trained on another base (both fingerprints are named); several that
+            have a task in common which they read differently, or of which one hides the types of residues.
     """
     from transformers import AutoProcessor
 
-    facts_path = Path(adapter_dir) / FINGERPRINT_FILE
-    if not facts_path.is_file():
-        raise InputError(
-            f"{adapter_dir}: no adapter here ({FINGERPRINT_FILE} is missing); give finetune's --out/adapter"
-        )
-    facts = json.loads(facts_path.read_text())
-    base = load_base(model_dir, facts["tasks"])
+    if not isinstance(adapters, Mapping):
+        adapters = {"default": adapters}
     found = base_fingerprint(model_dir)
-    if found != facts["base_fingerprint"]:
-        raise InputError(
-            f"{adapter_dir}: trained on the base {facts['base_fingerprint']} ({facts['base']}), but {model_dir} is "
-            f"{found}; give that base as --model"
-        )
-    adapted = PeftModel.from_pretrained(base, str(adapter_dir))
+    tasks: dict[str, Any] = {}
+    for directory in adapters.values():
+        facts = adapter_facts(directory)
+        if found != facts["base_fingerprint"]:
+            raise InputError(
+                f"{directory}: trained on the base {facts['base_fingerprint']} ({facts['base']}), but {model_dir} is "
+                f"{found}; give that base as --model"
+            )
+        for name, task in facts["tasks"].items():
+            if tasks.setdefault(name, task) != task:
+                raise InputError(f"{directory}: its task {name!r} is not that of the adapters before; load it alone")
+            if task["kind"] == "residues" and len(adapters) > 1:
+                raise InputError(f"{directory}: its task {name!r} hides residues from the trunk; load it alone")
+    base = load_base(model_dir, tasks)
+    (first, directory), *others = adapters.items()
+    adapted = PeftModel.from_pretrained(base, str(directory), adapter_name=first)
+    for name, other in others:
+        adapted.load_adapter(str(other), adapter_name=name)
     return adapted.eval(), AutoProcessor.from_pretrained(str(model_dir))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,32 @@ class Predictor:
     model: Any  # MoietyForPrediction, possibly wrapped by peft
     processor: Any  # MoietyProcessor
     tasks: dict[str, Any]  # name -> {"kind", "unit", ...}, as in MoietyConfig.tasks
+    adapters: dict[str, list[str]] = field(default_factory=dict)  # name -> its tasks, where there are several
 
     def missing(self, structure: Structure) -> list[str]:
         """Elements of a structure whose energy is not known, so that it can have no total energy."""
         known = [task["references"] for task in self.tasks.values() if task.get("references")]
         return unknown_elements(structure, known[0]) if known else []
 
-    def __call__(self, structures: list[Structure]) -> list[dict[str, Any]]:
+    def _switch(self, adapter: str | None) -> set[str]:
+        """Makes an adapter answer; the names of what it predicts."""
+        if not self.adapters:
+            return set(self.tasks | DERIVED)
+        if adapter not in self.adapters:
+            raise InputError(f"adapter is {adapter!r}; the trunk has {', '.join(self.adapters)}: name one of them")
+        self.model.set_adapter(adapter)
+        tasks = self.adapters[adapter]
+        derived = DERIVED if any(self.tasks[name]["kind"] == "energy" for name in tasks) else {}
+        return {*tasks, *derived}
+
+    def __call__(self, structures: list[Structure], adapter: str | None = None) -> list[dict[str, Any]]:
         """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}.
 
+        With several adapters on the trunk, `adapter` names the one that answers.
         Classes are told by name, with the "probability" that the model gives them.
         What a structure does not have (the dipole moment of a crystal, the stress of a molecule) is None, with a note.
         """
+        asked = self._switch(adapter)
         with torch.no_grad():
             output = self.model(**self.processor(structures))
         sizes = [structure.num_nodes for structure in structures]
@@ -54,6 +68,7 @@ class Predictor:
         parts = {
             name: value.split(sizes) if tasks[name]["kind"] in PER_NODE else value
             for name, value in output.predictions.items()
+            if name in asked
         }
         return [
             {name: _told(structure, tasks[name], values[b]) for name, values in parts.items()}
@@ -74,22 +89,20 @@ def _told(structure: Structure, task: dict[str, Any], value: torch.Tensor) -> di
     return {"value": value.tolist(), "unit": task.get("unit", "")}
 
 
-def load_predictor(model_dir: Path, adapter_dir: Path | None = None) -> Predictor:
-    """Loads an exported model with task heads, or any export with an adapter that brings them.
+def load_predictor(model_dir: Path, adapter: Path | Mapping[str, Path] | None = None) -> Predictor:
+    """Loads an exported model with task heads, or any export with an adapter that brings them, or several by name.
 
     Raises:
         InputError: a directory is not what it should be, or nothing here predicts a property.
     """
     config = read_model_config(model_dir)
-    if adapter_dir is not None:
-        if not (Path(adapter_dir) / "adapter_config.json").is_file():
-            raise InputError(
-                f"{adapter_dir}: no adapter here (adapter_config.json is missing); give the directory "
-                "that finetune/lora.py wrote"
-            )
-        from moiety.adapters.adapter import load_adapted
+    adapters: dict[str, list[str]] = {}
+    if adapter is not None:
+        from moiety.adapters.adapter import adapter_facts, load_adapted
 
-        model, processor = load_adapted(model_dir, adapter_dir)
+        model, processor = load_adapted(model_dir, adapter)
+        if isinstance(adapter, Mapping):
+            adapters = {name: list(adapter_facts(directory)["tasks"]) for name, directory in adapter.items()}
     else:
         if "MoietyForPrediction" not in (config.get("architectures") or []):
             kind = ", ".join(config.get("architectures") or ["bare trunk"])
@@ -101,7 +114,7 @@ def load_predictor(model_dir: Path, adapter_dir: Path | None = None) -> Predicto
 
         model = MoietyForPrediction.from_pretrained(model_dir)
         processor = MoietyProcessor.from_pretrained(model_dir)
-    return Predictor(model.eval(), processor, model.config.tasks or {})
+    return Predictor(model.eval(), processor, model.config.tasks or {}, adapters)
 
 
 def predict_files(
