@@ -30,6 +30,7 @@ from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
+from moiety.training.engine import optimizer_bytes
 from moiety.training.export import save_model
 from moiety.training.files import write_json
 from moiety.training.loop import fit
@@ -197,6 +198,8 @@ def finetune(run: Run, config: FinetuneConfig) -> list[dict[str, Any]] | None:
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objectives = [task.objective() for task in data.tasks]
     fit(run, model, data.mixture(config.data), objectives, config.optimizer, config.training)
+    kept = optimizer_bytes(run.engine)
+    run.progress.note(f"optimizer state: {kept:,} bytes a process; of all weights it would be {8 * total:,} in all")
     weights = run.weights()
     if weights is None:
         return None

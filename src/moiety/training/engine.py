@@ -122,6 +122,13 @@ def adamw(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, fused=True)
 
 
+def optimizer_bytes(engine: Any) -> int:
+    """Bytes of the moments that the optimizer of this process keeps; offloaded ones count."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    moments = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    return sum(value.numel() * value.element_size() for value in moments if value.dim())
+
+
 def refuse_disagreement(what: str, facts: Any, device: torch.device) -> None:
     """InputError where the ranks do not all see the same; every process calls it."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
