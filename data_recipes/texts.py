@@ -157,7 +157,7 @@ def _iupac(archive: Archive, holders: Mapping[str, Holder]) -> Iterator[Text | V
 def _headers(archives: Mapping[str, Archive]) -> Iterator[Text]:
     entries = list(_entries(archives["mmseqs2-examples"]))
     sequences = [letters for _, _, letters in entries]
-    chains = list(_structures("proteins", archives))
+    chains = [c for c in load_recipe("proteins").module().unlabelled(archives, {}) if check(c) is None]
     letters_of = [sequence(chain) for chain in chains]
     holders: dict[int, Holder] = {}  # sequence -> the chain that lies in it, of the strictest split
     splits: dict[int, list[str]] = {}  # sequence -> splits of the chains it is related to
