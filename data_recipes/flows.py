@@ -5,7 +5,8 @@ function and laplace psi = -w. It is solved in Fourier space: 2/3 dealiasing, th
 factor), the rest by the classical Runge-Kutta scheme. The period is 2 pi, the initial speed 1 (root mean square).
 
 A structure is a cloud of points with the velocity there and, an interval later, again. Points are nodes: the plane is
-scaled so that a point has about 16 neighbours within the 5 Å of the neighbour list. One Å is no length of the flow.
+scaled so that a point has about 16 neighbours within the 5 Å of the neighbour list. One Å is no length of the flow. The
+velocity is also the first of the four vectors of a node, where a model sees it; the change of it is what it may learn.
 """
 # Shapes: G grid points a side, K = G // 2 + 1 stored wave numbers, N points.
 
@@ -65,16 +66,19 @@ def _structure(
     period = POINTS * SPACING
     flat = np.zeros((len(points), 1))
     now, later = (np.hstack([velocity_at(vorticity, points), flat]) for vorticity in vorticities)
+    vectors = np.zeros((len(points), 4, 3))
+    vectors[:, 0] = now
     return Structure(
         node_type=np.full(len(points), POINT),
         positions=np.hstack([points * period / (2 * np.pi), flat]),
         domain="field",
         id=identity,
         source="flows",
+        node_vectors=vectors,
         cell=np.diag([period, period, THICKNESS]),
         pbc=np.array([True, True, False]),
         scalars={"viscosity": viscosity, "time": index * INTERVAL, "interval": INTERVAL},
-        node_tensors={"velocity": now, "next_velocity": later},
+        node_tensors={"velocity": now, "next_velocity": later, "velocity_change": later - now},
         theory=THEORY,
         groups={"split": splits[int(name.removeprefix("flow")) * SNAPSHOTS], "field": name},
     )

@@ -12,7 +12,7 @@ import numpy as np
 from moiety.data.structure import Array, Structure
 from moiety.errors import InputError
 from moiety.models.conversion_moiety import biotite_fields, to_fields
-from moiety.models.vocabulary_moiety import ELEMENTS, FIRST_RESIDUE, RESIDUES
+from moiety.models.vocabulary_moiety import ELEMENTS, FIRST_RESIDUE, POINT, RESIDUES
 
 if TYPE_CHECKING:
     import ase
@@ -145,6 +145,7 @@ def to_biotite(structure: Structure) -> biotite.structure.AtomArray:
     """A biotite AtomArray; a residue becomes its N, CA, C and O. biotite keeps coordinates in single precision."""
     import biotite.structure as struc
 
+    _refuse_points(structure)
     symbols = ["", *ELEMENTS]
     chains = structure.chain or ["A"] * structure.num_nodes
     number = structure.residue_index if structure.residue_index is not None else np.arange(1, structure.num_nodes + 1)
@@ -213,11 +214,17 @@ def to_pyg(structure: Structure) -> torch_geometric.data.Data:
 
 def _atomic_numbers(structure: Structure) -> Array:
     """[N] atomic numbers; InputError where a node is no atom."""
+    _refuse_points(structure)
     others = int((structure.node_type > len(ELEMENTS)).sum())
     if others:
         name = structure.id or "the structure"
         raise InputError(f"{name}: {others} nodes are no atoms; read it with all_atom=True, or use to_biotite")
     return structure.node_type
+
+
+def _refuse_points(structure: Structure) -> None:
+    if (structure.node_type == POINT).any():
+        raise InputError(f"{structure.id or 'the structure'}: points of a field, no atoms; read its arrays instead")
 
 
 def _refuse_periodic(structure: Structure, library: str) -> None:

@@ -24,7 +24,7 @@ class Structure:
     domain: str = "molecule"  # molecule | crystal | surface | complex | protein | field
     id: str = ""  # unique within the source
     source: str = ""  # recipe or file the structure came from
-    node_vectors: Array | None = None  # [N, 4, 3] Å, residue offsets N, C, O, CB from CA; zero for atoms
+    node_vectors: Array | None = None  # [N, 4, 3] Å, offsets of N, C, O, CB from CA; of a field: velocity, zeros
     cell: Array | None = None  # [3, 3] Å, rows are lattice vectors; None for open systems
     pbc: Array | None = None  # [3] bool; None = open in every direction
     charge: int = 0  # total charge, e
