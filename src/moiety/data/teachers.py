@@ -1,8 +1,9 @@
 """Teachers: models that label structures where no measurement and no DFT is at hand. A teacher is named in `theory`.
 
 SevenNet-0 (Park et al. 2024, doi:10.1021/acs.jctc.4c00190) labels crystals and surfaces, GFN2-xTB (Bannwarth et al.
-2019, doi:10.1021/acs.jctc.8b01176) open molecules. Both come with the extra `moiety[labels]`, weights included. Labels
-are kept in $MOIETY_CACHE/labels under a hash of teacher, version and structure, so that a rebuild takes seconds.
+2019, doi:10.1021/acs.jctc.8b01176) open molecules, with their answer to an electric field too. Both come with the extra
+`moiety[labels]`, weights included. Labels are kept in $MOIETY_CACHE/labels under a hash of teacher, version and
+structure, so that a rebuild takes seconds.
 """
 # Shapes: N nodes.
 
@@ -17,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from moiety.data.structure import Array, Structure
 from moiety.errors import InputError
 
 DIGEST_BYTES = 16
+FIELD = 5e-4  # hartree/(e bohr), for finite differences: polarizabilities at half of it differ by 2e-5 of themselves
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,46 @@ class Labels:
         stress = numbers[split:].reshape(3, 3).copy() if len(numbers) > split else None
         return cls(float(numbers[0]), numbers[1:split].reshape(-1, 3).copy(), stress)
 
+    def fill(self, structure: Structure) -> None:
+        structure.energy, structure.forces, structure.stress = self.energy, self.forces, self.stress
 
-class Teacher(Protocol):
+
+@dataclass(frozen=True)
+class Response:
+    """What a teacher says of a molecule in an electric field; it must be neutral, or the dipole has no meaning."""
+
+    dipole: Array  # [3] e·Å, without the field
+    polarizability: Array  # [3, 3] bohr^3, symmetric
+
+    def pack(self) -> bytes:
+        return np.concatenate([self.dipole, np.ravel(self.polarizability)]).astype("<f8").tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes, num_nodes: int) -> Response:
+        numbers = np.frombuffer(data, "<f8").copy()
+        return cls(numbers[:3], numbers[3:].reshape(3, 3))
+
+    def fill(self, structure: Structure) -> None:
+        structure.dipole = self.dipole
+        structure.tensors["polarizability"] = self.polarizability
+
+
+Kind = TypeVar("Kind", Labels, Response)
+
+
+class Teacher(Protocol[Kind]):
     """Something that labels one structure at a time, on one core."""
 
     theory: str  # for Structure.theory and the manifest
     package: str  # distribution whose version counts
+    gives: type[Kind]
 
     def knows(self, structure: Structure) -> bool:
         """False where the structure holds an element the teacher has not seen."""
         ...
 
-    def label(self, structure: Structure) -> Labels:
-        """Energy, forces and, for crystals, stress of one structure it knows."""
+    def label(self, structure: Structure) -> Kind:
+        """Labels of one structure it knows: energy, forces and, for crystals, stress; or the response to a field."""
         ...
 
 
@@ -68,6 +97,7 @@ class SevenNet0:
 
     theory = "SevenNet-0 (teacher model, not DFT)"
     package = "sevenn"
+    gives = Labels
 
     @cached_property
     def _calculator(self) -> Any:
@@ -102,27 +132,57 @@ class GFN2xTB:
 
     theory = "GFN2-xTB"
     package = "tblite"
+    gives = Labels
 
     def knows(self, structure: Structure) -> bool:
         return not structure.periodic and int(structure.node_type.max()) <= 86
 
     def label(self, structure: Structure) -> Labels:
         from ase.units import Bohr, Hartree
-        from tblite.interface import Calculator  # pyright: ignore[reportMissingImports]
 
-        calculator = Calculator(
-            "GFN2-xTB",
-            structure.node_type,
-            structure.positions / Bohr,
-            charge=float(structure.charge),
-            uhf=structure.spin - 1,
-        )
-        calculator.set("verbosity", 0)
-        result = calculator.singlepoint()
+        result = _xtb(structure).singlepoint()
         return Labels(result.get("energy") * Hartree, -result.get("gradient") * Hartree / Bohr)
 
 
-def available(teacher: Teacher) -> bool:
+class GFN2xTBResponse:
+    """Dipole and polarizability by GFN2-xTB: central differences of the dipole between homogeneous fields +-FIELD."""
+
+    theory = GFN2xTB.theory
+    package = GFN2xTB.package
+    gives = Response
+
+    def knows(self, structure: Structure) -> bool:
+        return structure.charge == 0 and GFN2xTB().knows(structure)
+
+    def label(self, structure: Structure) -> Response:
+        from ase.units import Bohr
+
+        fields = FIELD * np.eye(3)
+        rows = [self._dipole(structure, field) - self._dipole(structure, -field) for field in fields]
+        slopes = np.stack(rows) / (2 * FIELD)
+        return Response(self._dipole(structure, np.zeros(3)) * Bohr, (slopes + slopes.T) / 2)
+
+    def _dipole(self, structure: Structure, field: Array) -> Array:
+        """[3] e·bohr in a field [3] hartree/(e bohr), converged a hundred times more tightly than energies need it."""
+        from tblite.library import ffi  # pyright: ignore[reportMissingImports]
+
+        calculator = _xtb(structure)
+        calculator.set("accuracy", 0.01)
+        calculator.add("electric-field", ffi.new("double[3]", field.tolist()))  # it hands on what it gets, to C
+        return calculator.singlepoint().get("dipole")
+
+
+def _xtb(structure: Structure) -> Any:
+    from ase.units import Bohr
+    from tblite.interface import Calculator  # pyright: ignore[reportMissingImports]
+
+    numbers, positions = structure.node_type, structure.positions / Bohr
+    calculator = Calculator("GFN2-xTB", numbers, positions, float(structure.charge), structure.spin - 1)
+    calculator.set("verbosity", 0)
+    return calculator
+
+
+def available(teacher: Teacher[Any]) -> bool:
     """Whether the teacher's package is installed."""
     try:
         version(teacher.package)
@@ -131,14 +191,14 @@ def available(teacher: Teacher) -> bool:
     return True
 
 
-class Labeller:
+class Labeller(Generic[Kind]):
     """A teacher with a memory. Use as a context: `with Labeller(SevenNet0()) as labeller: labeller(structure)`.
 
     Raises:
         InputError: the teacher's package is not installed.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: Teacher[Kind]) -> None:
         if not available(teacher):
             raise InputError(f"{teacher.theory} needs {teacher.package}: pip install 'moiety[labels]'")
         self.teacher = teacher
@@ -150,19 +210,19 @@ class Labeller:
         self._database.execute("PRAGMA synchronous=NORMAL")
         self._database.execute("CREATE TABLE IF NOT EXISTS labels (key BLOB PRIMARY KEY, data BLOB, digest BLOB)")
 
-    def __enter__(self) -> Labeller:
+    def __enter__(self) -> Labeller[Kind]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def __call__(self, structure: Structure) -> Labels:
+    def __call__(self, structure: Structure) -> Kind:
         """Labels of a structure, from the cache where they are there and whole, else computed and kept."""
         key = self.key(structure)
         with closing(self._database.execute("SELECT data, digest FROM labels WHERE key = ?", (key,))) as rows:
             row = rows.fetchone()
         if row is not None and row[1] == _digest(key + row[0]):
-            return Labels.unpack(row[0], structure.num_nodes)
+            return self.teacher.gives.unpack(row[0], structure.num_nodes)
         labels = self.teacher.label(structure)
         data = labels.pack()
         self._database.execute("INSERT OR REPLACE INTO labels VALUES (?, ?, ?)", (key, data, _digest(key + data)))
@@ -179,8 +239,7 @@ class Labeller:
         """Structures with labels and theory filled in; those the teacher does not know pass as they are."""
         for structure in structures:
             if self.teacher.knows(structure):
-                labels = self(structure)
-                structure.energy, structure.forces, structure.stress = labels.energy, labels.forces, labels.stress
+                self(structure).fill(structure)
                 structure.theory = self.teacher.theory
             yield structure
 
