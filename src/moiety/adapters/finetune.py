@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moiety.adapters.adapter import (
     ADAPTERS,
@@ -36,6 +37,7 @@ from moiety.training.files import write_json
 from moiety.training.loop import fit
 from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
+from moiety.training.validation import Validation
 
 METHODS = {  # and what results call them
     "lora": "pretrained + LoRA",
@@ -59,6 +61,9 @@ class LabelledDataConfig:
     test_split: str = "test"
     num_test: int = 5000
     test_corpus: str = ""  # default: the corpus
+    val_split: str = "val"
+    num_val: int = 0  # scored at every checkpoint: the best weights are taken, and a run ends that gets no better
+    patience: int = 4  # scores without a better one before a run ends
     node_budget: int = 320
     edge_budget: int = 8000
     micro_batches: int = 2
@@ -90,6 +95,7 @@ class LabelledData:
     train: Subset
     test: Subset
     tasks: tuple[Task, ...]
+    val: Subset | None = None
     without_reference: tuple[str, ...] = ()  # elements for which test structures were left out
 
     @classmethod
@@ -103,24 +109,21 @@ class LabelledData:
             InputError: a missing corpus, split or label; fewer structures than asked for; a unit that is not the
                 corpus'.
         """
-        rng = np.random.default_rng(config.seed)
-        train = _chosen(config.corpus, config.train_split, tasks, config.num_train, "data.num_train", rng)
-        test = _chosen(config.test_corpus or config.corpus, config.test_split, tasks, config.num_test, "data.num_test")
-        units = train.manifest.get("units", {})
+        train, rest = _chosen(config.corpus, config.train_split, tasks, config.num_train, "num_train", config.seed)
+        test, _ = _chosen(config.test_corpus or config.corpus, config.test_split, tasks, config.num_test, "num_test")
+        val = None
+        if config.num_val and config.val_split == config.train_split:
+            val = _first(rest, config.num_val, "num_val")
+        elif config.num_val:
+            val, _ = _chosen(config.corpus, config.val_split, tasks, config.num_val, "num_val")
         structures = train.read(range(len(train)), whole=True)
+        units = train.manifest.get("units", {})
         fitted = tuple(Task.fit(task.in_units_of(units, config.corpus), structures) for task in tasks)
-        references = [task.references.elements for task in fitted if task.references]
-        if not references:
-            return cls(train, test, fitted)
-        strange = [unknown_elements(s, references[0]) for s in test.read(range(len(test)))]
-        kept = np.array([not elements for elements in strange])
-        missing = {name for elements in strange for name in elements}
-        if not kept.any():
-            raise InputError(
-                f"{test.corpus.path}: every test structure has an element that no training label has "
-                f"({', '.join(sorted(missing))}); raise data.num_train"
-            )
-        return cls(train, Subset(test.corpus, test.indices[kept]), fitted, tuple(sorted(missing)))
+        missing: set[str] = set()
+        for references in (task.references for task in fitted if task.references):
+            test, missing = _with_references(test, references.elements)
+            val = _with_references(val, references.elements)[0] if val else None
+        return cls(train, test, fitted, val, tuple(sorted(missing)))
 
     @property
     def heads(self) -> dict[str, Any]:
@@ -140,18 +143,37 @@ class LabelledData:
 
 
 def _chosen(
-    path: str, split: str, tasks: Sequence[TaskConfig], count: int, key: str, rng: np.random.Generator | None = None
-) -> Subset:
-    """`count` structures that have the label of a task: the first ones, or any with `rng`."""
+    path: str, split: str, tasks: Sequence[TaskConfig], count: int, key: str, seed: int | None = None
+) -> tuple[Subset, Subset]:
+    """`count` structures that have the label of a task, and the rest: in their order, or in any with a seed."""
     corpus = Corpus.open(path, split=split)
     labelled = _labelled(corpus, tasks)
-    if len(labelled) < count:
-        names = " or ".join(repr(task.label) for task in tasks)
+    if seed is not None:
+        labelled = np.random.default_rng(seed).permutation(labelled)
+    subset = Subset(corpus, labelled)
+    return _first(subset, count, key), Subset(corpus, labelled[count:])
+
+
+def _first(subset: Subset, count: int, key: str) -> Subset:
+    if len(subset) < count:
         raise InputError(
-            f"{path}: split {split!r} has {len(labelled)} structures with the label {names}, {count} are asked for; "
-            f"lower {key}"
+            f"{subset.corpus.path}: split {subset.corpus.split!r} has {len(subset)} structures with a label for "
+            f"data.{key}={count}; lower it"
         )
-    return Subset(corpus, (labelled if rng is None else rng.permutation(labelled))[:count])
+    return Subset(subset.corpus, subset.indices[:count])
+
+
+def _with_references(subset: Subset, elements: dict[str, float]) -> tuple[Subset, set[str]]:
+    """The structures all of whose elements have a reference energy, and the elements that have none."""
+    strange = [unknown_elements(s, elements) for s in subset.read(range(len(subset)))]
+    missing = {name for names in strange for name in names}
+    kept = Subset(subset.corpus, subset.indices[[not names for names in strange]])
+    if not len(kept):
+        raise InputError(
+            f"{subset.corpus.path}: every structure of split {subset.corpus.split!r} has an element that no training "
+            f"label has ({', '.join(sorted(missing))}); raise data.num_train"
+        )
+    return kept, missing
 
 
 def _labelled(corpus: Corpus, tasks: Sequence[TaskConfig]) -> Array:
@@ -197,21 +219,40 @@ def finetune(run: Run, config: FinetuneConfig) -> list[dict[str, Any]] | None:
     run.progress.note(f"trunk from {source}; new heads, from random weights: {', '.join(data.heads)}")
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objectives = [task.objective() for task in data.tasks]
-    fit(run, model, data.mixture(config.data), objectives, config.optimizer, config.training)
+    validation = None
+    if data.val is not None:
+        validation = Validation(run, partial(validation_score, config, data), config.data.patience)
+    fit(run, model, data.mixture(config.data), objectives, config.optimizer, config.training, validation)
     kept = optimizer_bytes(run.engine)
     run.progress.note(f"optimizer state: {kept:,} bytes a process; of all weights it would be {8 * total:,} in all")
     weights = run.weights()
     if weights is None:
         return None
     trained = build_model(config, data.heads)
-    trained.load_state_dict(weights, strict=False)
+    trained.load_state_dict(validation.best_weights() if validation else weights, strict=False)
     if config.method in ADAPTERS:
         save_adapter(trained, run.path / "adapter", config.model, data.heads)  # type: ignore[arg-type]
     else:
         save_model(trained, run.path / "export")  # type: ignore[arg-type]
     output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, data.tasks)
-    sizes = {"trainable_parameters": trainable, "parameters": total}
+    sizes: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
+    if validation:
+        sizes |= {"best_step": validation.best_step, "validation": validation.best_score}
     return write_results(run.path, config, data, output, sizes)
+
+
+def validation_score(config: FinetuneConfig, data: LabelledData, weights: dict[str, Tensor]) -> float:
+    """Mean over the tasks, by weight, of MAE over spread; of classes, of the share that is wrong."""
+    assert data.val is not None
+    model = build_model(config, data.heads)
+    model.load_state_dict(weights, strict=False)
+    output = predict(model, model.config.cutoff, data.val, data.tasks)  # type: ignore[arg-type]
+    structures = data.val.read(range(len(data.val)), whole=True)
+    total = 0.0
+    for task in data.tasks:
+        error = task.error(task.answer(output[task.name], structures), task.labels(structures))
+        total += task.config.weight * error / (100 if task.classifies else task.std)
+    return total / sum(task.config.weight for task in data.tasks)
 
 
 def told(data: LabelledData) -> Iterator[str]:
@@ -254,7 +295,7 @@ def predict(
 
 
 def write_results(
-    path: Path, config: FinetuneConfig, data: LabelledData, output: dict[str, Array], sizes: dict[str, int]
+    path: Path, config: FinetuneConfig, data: LabelledData, output: dict[str, Array], sizes: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """metrics.json and predictions.json, an entry a task, with the baselines that need no training."""
     train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))

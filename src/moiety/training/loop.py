@@ -27,6 +27,7 @@ from moiety.training.run import Run
 from moiety.training.signals import StopSignals
 from moiety.training.spikes import SpikeDetector
 from moiety.training.stream import Prepared, Stream, own_seed
+from moiety.training.validation import Validation
 from moiety.training.watchdog import Watchdog
 from moiety.training.window import StepSums, Window
 
@@ -40,10 +41,12 @@ def fit(
     objectives: Sequence[Objective],
     optimizer: OptimizerConfig,
     training: TrainingConfig,
+    validation: Validation | None = None,
 ) -> None:
     """Trains up to `training.steps` optimizer steps, from the newest checkpoint of the run if there is one.
 
-    Afterwards the newest checkpoint holds the result, see `Run.weights`.
+    Afterwards the newest checkpoint holds the result, see `Run.weights`; with `validation`, which scores every
+    checkpoint and may end the run before, its best weights are there too.
 
     Raises:
         InputError: the run directory belongs to other data or to another model.
@@ -60,12 +63,17 @@ def fit(
     with StopSignals() as stop, watch as watchdog, Stream(prepared, training.workers) as stream:
         state: dict[str, Any] = run.resume(engine, average, mixture.facts) or start_state()
         state["mixture"] = mixture.facts
+        if validation is not None:
+            validation.resume(state["step"])
         window = Window(objectives, work, watchdog.beat, state["window"])
         started = time.perf_counter() - state["elapsed_s"]
         engine.train()
         stream.start(range(state["step"] * per_step + run.rank, training.steps * per_step, run.world_size))
 
         for step in range(state["step"], training.steps):
+            if validation is not None and validation.over:
+                run.progress.note(f"validation has not been better since step {validation.best_step}: the run ends")
+                break
             first = step * per_step
             mine = range(first + run.rank, first + per_step, run.world_size)
             with window.timed("data"):
@@ -93,6 +101,8 @@ def fit(
             if last or stopping or (step + 1) % training.checkpoint_every == 0:
                 with window.timed("save"):
                     run.save(engine, average, state | {"window": window.state()}, training.keep_checkpoints)
+                if validation is not None and not stopping:
+                    validation(step + 1)
             if stopping and not last:
                 run.stop(stop.exit_code)
         run.finish()
