@@ -1,27 +1,28 @@
-"""Labels of any shape, teachers and their memory, and the promises of the domains beyond molecules and proteins."""
+"""What the embedded corpora promise, beyond the tests of their readers."""
 
 from __future__ import annotations
 
-import sqlite3
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+import torch
 from ase.data import covalent_radii
 from ase.data.vdw import vdw_radii
 
 from moiety.data import teachers
 from moiety.data.build import load_recipe
-from moiety.data.shards import Corpus, write_corpus
+from moiety.data.convert import to_ase, to_biotite, to_pyg, to_pymatgen
+from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
-from moiety.data.teachers import GFN2xTB, Labeller, Labels, SevenNet0
+from moiety.data.teachers import Labeller, SevenNet0
+from moiety.data.validate import check
 from moiety.errors import InputError
+from moiety.models.conversion_moiety import to_fields
 from moiety.models.vocabulary_moiety import POINT, ROLE_ID
+from moiety.objectives.types import MaskedTypes, MaskedTypesConfig
+from moiety.tokens.batch import collate
 
 SAMPLES = Path(__file__).parent / "data" / "corpora"
 
@@ -31,158 +32,22 @@ def water(**fields) -> Structure:
     return Structure(np.array([8, 1, 1]), np.array(positions), **fields)
 
 
-# labels of any shape
-
-
-def test_tensors_come_back_with_their_shapes_and_the_field_says_them(tmp_path: Path):
-    rng = np.random.default_rng(0)
-    polarizability, velocity, hessian = rng.normal(size=(3, 3)), rng.normal(size=(3, 3)), rng.normal(size=(3, 2, 3, 3))
-    full = water(id="full", tensors={"polarizability": polarizability, "quadrupole": np.float64(2.0)})
-    full.node_tensors = {"velocity": velocity, "blocks": hessian}
-    write_corpus([water(id="bare"), full], tmp_path / "corpus")
-    bare, read = Corpus.open(tmp_path / "corpus")
-    assert bare.tensors == {} and bare.node_tensors == {}
-    assert np.array_equal(read.tensors["polarizability"], polarizability) and read.tensors["quadrupole"] == 2.0
-    assert np.array_equal(read.node_tensors["velocity"], velocity)
-    assert np.array_equal(read.node_tensors["blocks"], hessian)
-    schema = pq.read_schema(next((tmp_path / "corpus").glob("*.parquet")))
-    shapes = {name: schema.field(name).metadata[b"shape"] for name in ("tensor:polarizability", "node_tensor:blocks")}
-    assert shapes == {"tensor:polarizability": b"[3, 3]", "node_tensor:blocks": b"[-1, 2, 3, 3]"}
-
-
-def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path: Path):
-    pair = [water(id=str(size), source="s", tensors={"alpha": np.zeros((size, size))}) for size in (3, 2)]
-    with pytest.raises(InputError, match=r"s 2: tensor:alpha is \(2, 2\), others \(3, 3\)"):
-        write_corpus(pair, tmp_path / "corpus")
-
-
-def test_bad_tensors_are_rejected_with_a_code(tmp_path: Path):
-    short = water(id="short", node_tensors={"velocity": np.zeros((2, 3))})
-    broken = water(id="broken", tensors={"alpha": np.full((3, 3), np.nan)})
-    manifest = write_corpus([short, broken, water(id="good")], tmp_path / "corpus")
-    assert manifest["counts"] == {"in": 3, "ok": 1, "rejected": {"bad-label": 1, "wrong-shape": 1}}
-
-
-# teachers
-
-
-class Spring:
-    """Pulls every atom to the origin; counts how often it is asked."""
-
-    theory = "springs"
-    package = "numpy"
-    asked = 0
-
-    def knows(self, structure: Structure) -> bool:
-        return 2 not in structure.node_type
-
-    def label(self, structure: Structure) -> Labels:
-        self.asked += 1
-        stress = np.eye(3) if structure.periodic else None
-        return Labels(float((structure.positions**2).sum()), -2 * structure.positions, stress)
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MOIETY_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_label_is_computed_once_and_anything_the_teacher_sees_makes_another():
-    periodic = {"cell": 5 * np.eye(3), "pbc": np.ones(3, bool)}
-    different = [water(), water(charge=1), water(spin=3), water(**periodic), replace(water(), node_type=[16, 1, 1])]
-    moved = water()
-    moved.positions[0, 0] += 1e-9
-    for _ in range(2):
-        spring = Spring()
-        with Labeller(spring) as labeller:
-            found = [labeller(structure) for structure in [*different, moved]]
-    assert spring.asked == 0  # the second time all of them are remembered
-    assert found[0].energy == pytest.approx((water().positions ** 2).sum(), abs=1e-14)
-    assert np.array_equal(found[0].forces, -2 * water().positions)
-    assert found[0].stress is None and np.array_equal(found[3].stress, np.eye(3))
-    with Labeller(Spring()) as labeller:
-        assert len({labeller.key(structure) for structure in [*different, moved]}) == 6
+# polarizabilities
 
 
-def test_a_damaged_label_is_computed_again(tmp_path: Path):
-    with Labeller(Spring()) as labeller:
-        labeller(water())
-        path = tmp_path / "cache" / "labels" / f"{labeller.name}.sqlite"
-    with sqlite3.connect(path) as database:
-        database.execute("UPDATE labels SET data = zeroblob(80)")
-    spring = Spring()
-    with Labeller(spring) as labeller:
-        assert labeller(water()).energy > 0 and spring.asked == 1
-
-
-def label_many(numbers: range) -> None:
-    with Labeller(Spring()) as labeller:
-        for number in numbers:
-            labeller(water(charge=number))
-
-
-def test_two_processes_share_the_memory_of_a_teacher():
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        list(pool.map(label_many, [range(150), range(100, 250)]))
-    spring = Spring()
-    with Labeller(spring) as labeller:
-        for number in range(250):
-            assert labeller(water(charge=number)).energy == pytest.approx((water().positions ** 2).sum())
-    assert spring.asked == 0
-
-
-def test_labels_are_filled_in_where_the_teacher_knows_the_elements():
-    with Labeller(Spring()) as labeller:
-        known, unknown = labeller.applied([water(), Structure(np.array([2]), np.zeros((1, 3)))])
-    assert known.theory == "springs" and known.energy is not None and known.forces.shape == (3, 3)
-    assert unknown.energy is None and unknown.theory == ""
-
-
-def test_a_teacher_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch):
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(teachers, "version", missing)
-    with pytest.raises(InputError, match=r"SevenNet-0 .* needs sevenn: pip install 'moiety\[labels\]'"):
-        Labeller(SevenNet0())
-
-
-def slope(teacher: teachers.Teacher, structure: Structure, node: int, axis: int, step: float) -> float:
-    """-dE/dx by central differences."""
-    energies = []
-    for sign in (1, -1):
-        moved = replace(structure, positions=structure.positions.copy())
-        moved.positions[node, axis] += sign * step
-        energies.append(teacher.label(moved).energy)
-    return -(energies[0] - energies[1]) / (2 * step)
-
-
-def test_gfn2_xtb_forces_are_the_slope_of_its_energy():
-    pytest.importorskip("tblite")
-    stretched = water()
-    stretched.positions[1] *= 1.1
-    labels = GFN2xTB().label(stretched)
-    assert labels.forces[1, 1] == pytest.approx(slope(GFN2xTB(), stretched, 1, 1, 1e-3), abs=1e-3)
-    assert np.abs(labels.forces.sum(axis=0)).max() < 1e-6
-    assert -145 < labels.energy < -130  # eV, -5.07 Ha
-
-
-def test_sevennet_forces_and_stress_are_slopes_of_its_energy():
-    pytest.importorskip("sevenn")
-    teacher = SevenNet0()
-    cell = np.array([[0, 1.9, 1.9], [1.9, 0, 1.9], [1.9, 1.9, 0]])  # fcc copper, 5 % too wide
-    copper = Structure(np.array([29, 29]), np.array([[0, 0, 0], [2.0, 1.9, 0]]))
-    copper.cell, copper.pbc = cell * [[1], [1], [2]], np.ones(3, bool)
-    labels = teacher.label(copper)
-    assert labels.forces[1, 0] == pytest.approx(slope(teacher, copper, 1, 0, 0.02), abs=5e-3)
-    assert labels.stress is not None and np.allclose(labels.stress, labels.stress.T)
-    energies = []
-    for strain in (1e-2, -1e-2):
-        scale = np.diag([1 + strain, 1, 1])
-        energies.append(teacher.label(replace(copper, positions=copper.positions @ scale, cell=copper.cell @ scale)))
-    expected = (energies[0].energy - energies[1].energy) / 2e-2 / abs(np.linalg.det(copper.cell))
-    assert labels.stress[0, 0] == pytest.approx(expected, rel=0.05)
-    assert np.trace(labels.stress) > 0  # wider than it wants to be: under tension
+def test_polarizabilities_go_with_those_of_qm9():
+    """GFN2-xTB has a minimal basis, in which hydrogen has next to none: a third too small, in much the same order."""
+    alpha = {s.id: (s.scalars["alpha"], s.groups["split"]) for s in Corpus.open(SAMPLES / "qm9")}
+    corpus = Corpus.open(SAMPLES / "polarizabilities")
+    pairs = [(alpha[s.id][0], np.trace(s.tensors["polarizability"]) / 3) for s in corpus]
+    assert len(pairs) == 64 and np.corrcoef(np.transpose(pairs))[0, 1] > 0.85
+    assert all(alpha[s.id][1] == s.groups["split"] and s.theory == "GFN2-xTB" for s in corpus)
+    assert all(np.linalg.eigvalsh(s.tensors["polarizability"]).min() > 0 and s.dipole.shape == (3,) for s in corpus)
 
 
 # flows
@@ -244,7 +109,46 @@ def test_points_of_a_flow_are_spaced_for_the_neighbour_list_and_carry_velocities
         assert now.shape == later.shape == (flow.num_nodes, 3)
         assert not now[:, 2].any() and 0.2 < np.sqrt((now**2).sum(axis=1).mean()) < 1.5
         assert np.abs(later - now).max() > 1e-3
+        assert np.array_equal(flow.node_tensors["velocity_change"], later - now)
+        assert np.array_equal(flow.node_vectors[:, 0], now) and not flow.node_vectors[:, 1:].any()
     assert 10 < corpus.num_edges.sum() / corpus.num_nodes.sum() < 22
+
+
+def test_a_flow_with_vectors_is_no_protein(tmp_path: Path):
+    flow = Corpus.open(SAMPLES / "flows")[0]
+    assert check(flow) is None and not flow.is_residue.any()
+    fields, batch = to_fields(flow), collate([flow])
+    assert fields["domain"] == "field" and np.array_equal(fields["node_vectors"], flow.node_vectors)
+    assert batch.node_vectors[:, 0].numpy() == pytest.approx(flow.node_tensors["velocity"])
+    hidden = MaskedTypes(MaskedTypesConfig(share=1.0)).corrupt(batch, torch.Generator().manual_seed(0))
+    assert (hidden.node_type == POINT).all() and torch.equal(hidden.node_vectors, batch.node_vectors)
+    for convert in (to_ase, to_biotite, to_pymatgen, to_pyg):
+        with pytest.raises(InputError, match="points of a field"):
+            convert(flow)
+
+
+# freesolv
+
+
+def test_a_conformer_is_the_same_every_time_and_has_its_hydrogens():
+    from rdkit import Chem
+
+    module = load_recipe("freesolv").module()
+    molecules = [module.lowest_conformer(Chem.MolFromSmiles("OCCCO")) for _ in range(2)]
+    assert molecules[0].GetNumAtoms() == 13 and molecules[0].GetNumConformers() == 1
+    assert np.array_equal(*(molecule.GetConformer().GetPositions() for molecule in molecules))
+
+
+def test_molecules_of_a_scaffold_share_a_split_and_polar_ones_hydrate():
+    corpus = Corpus.open(SAMPLES / "freesolv")
+    splits: dict[str, set[str]] = {}
+    for molecule in corpus:
+        splits.setdefault(molecule.groups["scaffold"], set()).add(molecule.groups["split"])
+        alkane = set(molecule.node_type.tolist()) == {1, 6} and "=" not in molecule.id and "c" not in molecule.id
+        assert not alkane or "#" in molecule.id or molecule.scalars["hydration_free_energy"] > 0
+    assert all(len(found) == 1 for found in splits.values())
+    errors = [s.scalars["hydration_free_energy"] - s.scalars["hydration_free_energy_gaff"] for s in corpus]
+    assert np.abs(errors).mean() == pytest.approx(1.1, abs=0.4)
 
 
 # surfaces
@@ -330,6 +234,20 @@ def test_interactions_vanish_with_the_distance_and_forces_balance():
         }
 
 
+def test_s22_has_two_molecules_a_complex_and_a_teacher_that_is_close():
+    corpus = Corpus.open(SAMPLES / "s22")
+    energies = np.array([[s.scalars[f"interaction_energy{end}"] for end in ("", "_gfn2")] for s in corpus])
+    assert len(corpus) == 22 and (energies < 0).all()
+    assert np.abs(energies[:, 0] - energies[:, 1]).mean() == pytest.approx(0.034, abs=2e-3)  # eV
+    module = load_recipe("s22").module()
+    for pair in corpus:
+        first, second = module.molecules(pair)
+        assert first.num_nodes + second.num_nodes == pair.num_nodes and set(pair.chain) == {"A", "B"}
+        distance = np.linalg.norm(first.positions[:, None] - second.positions, axis=-1)
+        bond = covalent_radii[first.node_type][:, None] + covalent_radii[second.node_type]
+        assert (distance > 1.4 * bond).all(), "no bond leads from the one to the other"
+
+
 def test_pairs_come_once_each_and_share_no_molecule_as_long_as_they_can():
     module = load_recipe("interactions").module()
     for size in range(9):
@@ -351,6 +269,58 @@ def test_a_molecule_under_two_names_belongs_to_the_first_split_that_has_it():
     apart.groups = {"split": "val"}
     found = module.distinct([other, water(id="HOH", groups={"split": "train"}), methane, apart])
     assert [m.id for m in found["train"]] == ["HOH"] and found["val"] == [] and found["test"] == [methane]
+
+
+# proteins
+
+
+def test_helices_turn_and_strands_stretch():
+    """CA to the third CA on is 5.0 Å in an alpha helix and 10 Å in a strand (Kabsch and Sander 1983)."""
+    distances: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for chain in Corpus.open(SAMPLES / "proteins"):
+        states = chain.node_scalars["secondary_structure"]
+        assert set(states) <= {0.0, 1.0, 2.0}
+        steps = np.linalg.norm(chain.positions[3:] - chain.positions[:-3], axis=1)
+        for state in distances:
+            same = np.lib.stride_tricks.sliding_window_view(states == state, 4).all(axis=1)
+            distances[state] += steps[same].tolist()
+    helix, strand, coil = (np.median(distances[state]) for state in (0, 1, 2))
+    assert helix == pytest.approx(5.1, abs=0.2) and strand == pytest.approx(10.0, abs=0.5) and helix < coil < strand
+
+
+def test_a_chain_that_is_cut_has_the_secondary_structure_of_its_pieces():
+    """Two halves far from each other: no bond, no hydrogen and no helix leads from the one to the other."""
+    pytest.importorskip("mdtraj")
+    module = load_recipe("proteins").module()
+    for chain in Corpus.open(SAMPLES / "proteins"):
+        whole = module.secondary_structure(chain)
+        assert np.array_equal(whole, chain.node_scalars["secondary_structure"])
+        half = chain.num_nodes // 2
+        pieces = [_residues(chain, slice(half)), _residues(chain, slice(half, None))]
+        apart = replace(chain, positions=chain.positions + np.where(np.arange(chain.num_nodes) < half, 0, 500)[:, None])
+        expected = np.concatenate([module.secondary_structure(piece) for piece in pieces])
+        assert np.array_equal(module.secondary_structure(apart), expected)
+        jump = replace(chain, residue_index=chain.residue_index + 7 * (np.arange(chain.num_nodes) >= half))
+        assert (module.secondary_structure(jump) != whole).mean() < 0.1
+        bare = replace(chain, node_vectors=chain.node_vectors.copy())
+        bare.node_vectors[half, 2] = 0  # as readers mark an oxygen that is not there
+        assert np.flatnonzero(np.isnan(module.secondary_structure(bare))).tolist() == [half]
+
+
+def _residues(chain: Structure, span: slice) -> Structure:
+    names = ("node_type", "positions", "node_vectors", "residue_index")
+    return replace(chain, **{name: getattr(chain, name)[span] for name in names})
+
+
+def test_without_mdtraj_proteins_are_built_without_secondary_structure_and_say_so(monkeypatch: pytest.MonkeyPatch):
+    module = load_recipe("proteins").module()
+    monkeypatch.setattr(module, "has_dssp", lambda: False)
+    (note,) = module.notes({}, {})
+    assert note.startswith("built without secondary structure: DSSP needs mdtraj") and "moiety[labels]" in note
+    chain = next(iter(Corpus.open(SAMPLES / "proteins")))
+    monkeypatch.setattr(module, "unlabelled", lambda archives, options: iter([replace(chain, node_scalars={})]))
+    (bare,) = module.structures({}, {})
+    assert bare.node_scalars == {}
 
 
 # crystals

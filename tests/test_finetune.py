@@ -32,18 +32,27 @@ ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests/data/corpora"
 RECIPES = (
     "crystals_energy",
+    "flows_velocity",
     "forces_conservative",
     "forces_direct",
+    "freesolv",
     "interactions_energy",
+    "interactions_s22",
     "proteins_residues",
+    "proteins_secondary",
     "qm9_dipole",
     "qm9_gap",
     "qm9_mulliken",
+    "qm9_polarizability",
     "qm9_u0",
     "surfaces_adsorption",
 )
 SHORT = ["steps=2", "log_every=1", "warmup_steps=1", "num_train=12", "num_test=4"]
-MORE = {"crystals_energy": ["num_train=80", "num_test=10"]}  # to have the elements of the test structures
+MORE = {
+    "crystals_energy": ["num_train=80", "num_test=10"],  # to have the elements of the test structures
+    "flows_velocity": ["num_train=5", "num_test=2"],
+    "interactions_s22": [f"test_corpus={SAMPLES / 's22'}"],
+}
 
 
 @pytest.fixture(scope="module")

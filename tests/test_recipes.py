@@ -27,12 +27,19 @@ from moiety.errors import InputError
 from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 
 SAMPLES = Path(__file__).parent / "data" / "corpora"
-NAMES = ("ccd", "complexes", "crystals", "flows", "forces", "interactions", "proteins", "qm9", "surfaces")
+NAMES = (
+    "ccd", "complexes", "crystals", "flows", "forces", "freesolv", "interactions", "polarizabilities", "proteins",
+    "qm9", "s22", "surfaces",
+)  # fmt: skip
 FULL_COUNTS = {
-    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411,
-    "interactions": 1_520, "proteins": 13_867, "qm9": 130_831, "surfaces": 1_307,
+    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642,
+    "interactions": 1_520, "polarizabilities": 1_800, "proteins": 13_867, "qm9": 130_831, "s22": 22, "surfaces": 1_307,
 }  # fmt: skip
-GROUP = {"crystals": "prototype", "flows": "field", "interactions": "pair", "proteins": "cluster", "surfaces": "metal"}
+ONLY_TEST = ("complexes", "s22")
+GROUP = {
+    "crystals": "prototype", "flows": "field", "freesolv": "scaffold", "interactions": "pair", "proteins": "cluster",
+    "surfaces": "metal",
+}  # fmt: skip
 
 QM9_HEADER = (
     "XYZ_file,Index,SMILES,InChi,N_atoms,Stoichiometry,Elements,XYZ_Ang,Mulliken_pop,Harmonic_Freq_cmi,RotA_GHz,"
@@ -413,7 +420,7 @@ def test_relatives_share_a_cluster_and_strangers_do_not():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_samples_are_whole_and_their_splits_disjoint(name: str):
     manifest = verify(SAMPLES / name)
-    assert set(manifest["splits"]) == ({"test"} if name == "complexes" else {"train", "val", "test"})
+    assert set(manifest["splits"]) == ({"test"} if name in ONLY_TEST else {"train", "val", "test"})
     assert manifest["licence"] and manifest["citation"] and manifest["counts"]["rejected"] == {}
     parts = [Corpus.open(SAMPLES / name, split) for split in manifest["splits"]]
     keys = [set(part.groups(GROUP[name]) if name in GROUP else part.ids()) for part in parts]
