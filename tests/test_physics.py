@@ -22,13 +22,19 @@ from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
+from moiety.models.vocabulary_moiety import ELEMENTS
 from moiety.testing.physics import Report, check, from_calculator, from_model, main
 from moiety.training.config import OptimizerConfig, TrainingConfig
 from moiety.training.engine import load_ds_config, refuse_zero3_forces
 from moiety.training.export import write_export
 
 TASKS: dict[str, Any] = {
-    "energy": {"kind": "energy", "std": 0.01, "unit": "eV", "references": {"H": -13.6, "O": -2041.0}},
+    "energy": {
+        "kind": "energy",
+        "std": 0.01,
+        "unit": "eV",
+        "references": {symbol: -13.6 * z for z, symbol in enumerate(ELEMENTS, 1)},
+    },
     "gap": {"kind": "mean"},
     "dipole": {"kind": "dipole_norm"},
     "charge": {"kind": "node"},
@@ -215,7 +221,7 @@ def test_an_export_predicts_energy_forces_and_stress_where_there_is_one():
     assert np.shape(found[0]["forces"]["value"]) == (2, 3) and found[0]["forces"]["unit"] == "eV/Å"
     assert np.shape(found[0]["stress"]["value"]) == (3, 3) and found[0]["dipole"]["value"] is None
     assert found[1]["stress"]["value"] is None and "periodic" in found[1]["stress"]["note"]
-    assert found[1]["energy"]["value"] == pytest.approx(-2041.0 - 2 * 13.6, abs=5.0)
+    assert found[1]["energy"]["value"] == pytest.approx(-13.6 * (8 + 2), abs=5.0)
 
 
 def test_zero3_with_conservative_forces_is_refused_with_the_reason():

@@ -113,6 +113,34 @@ def predict(
 
 
 @app.command()
+def finetune(
+    data: Annotated[Path, typer.Option(help="A file (.extxyz, .sdf, .csv with SMILES, ...) or a folder of them.")],
+    target: Annotated[str, typer.Option(help="The label to learn; energy takes forces and stress along.")],
+    model: ModelDir,
+    out: Annotated[Path, typer.Option(help="Run directory: data, adapter, metrics, report.html.")],
+    kind: Annotated[str, typer.Option(help="How it is read off the nodes; default: found from the labels.")] = "",
+    unit: Annotated[str, typer.Option(help="Unit of the label; default: what the data says.")] = "",
+    method: Annotated[str, typer.Option(help="lora, rslora, dora, ia3, full, head or scratch.")] = "lora",
+    all_atom: AllAtom = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adapt a model to your own labels: splits, plans, trains, tests beside baselines, and draws a report."""
+    from moiety.adapters.own import finetune_own
+
+    options = {"kind": kind, "unit": unit, "method": method, "all_atom": all_atom, "fresh": fresh}
+    metrics = finetune_own(data, target, model, out, **options)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps({"out": str(out), "metrics": metrics}))
+    for entry in metrics:
+        low, high = entry["interval"]
+        for name, value in entry["results"].items():
+            note(f"{entry['target']} {entry['metric']} {value:.4g} {entry['unit']}  {name}")
+        note(f"  95 % interval: {low:.4g} to {high:.4g} {entry['unit']}, {entry['num_test']} test structures")
+    note(f"report: {out / 'report.html'}")
+
+
+@app.command()
 def embed(
     files: Files,
     model: ModelDir,

@@ -48,6 +48,7 @@ METHODS = {  # and what results call them
     "head": "pretrained, head only",
     "scratch": "from scratch",
 }
+RESAMPLES = 1000  # of the test structures, for an interval
 Array = np.ndarray
 
 
@@ -294,6 +295,26 @@ def predict(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
+def interval(task: Task, answered: Array, true: Array, sizes: Sequence[int] | Array) -> tuple[float, float]:
+    """95 % bootstrap interval of the error: what other test sets of as many structures would have given.
+
+    Args:
+        task: whose error.
+        answered: [items, ...] in the order of the structures.
+        true: the same, NaN where not known.
+        sizes: items of each structure: nodes that share one are not independent.
+    """
+    there = np.isfinite(true)
+    missed = (answered != true) * 100.0 if task.classifies else np.abs(answered - true)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    items = np.where(there, missed, 0.0).reshape(len(true), -1).sum(axis=1)
+    totals = np.bincount(owner, weights=items, minlength=len(sizes))
+    counts = np.bincount(owner, weights=there.reshape(len(true), -1).sum(axis=1), minlength=len(sizes))
+    drawn = np.random.default_rng(0).integers(len(sizes), size=(RESAMPLES, len(sizes)))
+    low, high = np.quantile(totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1).clip(min=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
 def write_results(
     path: Path, config: FinetuneConfig, data: LabelledData, output: dict[str, Array], sizes: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -304,6 +325,7 @@ def write_results(
     for task in data.tasks:
         answered, true = task.answer(output[task.name], test), task.labels(test)
         error = task.error(answered, true)
+        sizes_of = [s.num_nodes for s in test] if task.label.per_node else np.ones(len(test), dtype=np.int64)
         others = {name: task.error(answers, true) for name, answers in baselines(task, train, test).items()}
         metrics.append(
             {
@@ -311,6 +333,7 @@ def write_results(
                 "metric": task.metric,
                 "unit": task.metric_unit,
                 "results": {name: error, **others},
+                "interval": interval(task, answered, true, sizes_of),
                 "num_train": len(train),
                 "num_test": len(test),
                 "steps": config.training.steps,

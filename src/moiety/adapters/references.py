@@ -1,5 +1,7 @@
 """Reference energies: what the energy of each element is taken to be, for every level of theory of the labels.
 
+Other sums over atoms have them too, in their own unit.
+
 Total energies of two levels of theory differ by electronvolts an atom, and almost all of a total energy is the sum of
 its elements' own. A least-squares fit per element and level of theory takes both out: the network learns the rest.
 """

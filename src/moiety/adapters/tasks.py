@@ -95,7 +95,7 @@ class Task:
     config: TaskConfig
     mean: float = 0.0
     std: float = 1.0
-    node_std: float = 1.0  # kind energy: spread of the part of a node, eV
+    node_std: float = 1.0  # of sums over nodes: spread of the part of a node
     references: References | None = field(default=None, repr=False)
 
     @classmethod
@@ -107,7 +107,7 @@ class Task:
         """
         bare = cls(config)
         labelled = [s for s in train if bare.label.of(s) is not None]
-        if config.kind == "energy" and labelled:
+        if config.kind in TaskHead.EXTENSIVE and labelled:
             energies = np.array([bare.label.of(s) for s in labelled], dtype=np.float64)
             bare = dataclasses.replace(bare, references=References.fit(labelled, energies))
         values = bare.labels(labelled)
@@ -177,7 +177,7 @@ class Task:
             return {}
         spec: dict[str, Any] = {"kind": self.kind}
         if self.references:
-            spec |= {"std": self.node_std, "unit": "eV", "references": self.references.elements}
+            spec |= {"std": self.node_std, "unit": self.config.label_unit, "references": self.references.elements}
         elif self.kind == "classes":
             spec["classes"] = list(self.config.classes)
         elif not self.classifies:

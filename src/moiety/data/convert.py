@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LIGAND_NAME = "LIG"
 VOIGT = np.array([[0, 5, 4], [5, 1, 3], [4, 3, 2]])  # place of each tensor component in xx yy zz yz xz xy
+ARRAYS_OF_ASE = {"positions", "masses", "momenta", "magmoms", "initial_magmoms", "initial_charges"}  # no labels
 VOIGT_PAIRS = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
@@ -63,6 +64,9 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 def _add_ase_labels(structure: Structure, atoms: ase.Atoms) -> None:
     structure.scalars = _numbers(atoms.info)
+    for name, array in atoms.arrays.items():
+        if array.dtype.kind == "f" and name not in ARRAYS_OF_ASE and np.isfinite(array).all():
+            (structure.node_scalars if array.ndim == 1 else structure.node_tensors)[name] = np.array(array)
     if atoms.calc is None or atoms.calc.check_state(atoms):
         return  # no results, or results of another geometry
     results = atoms.calc.results

@@ -43,6 +43,7 @@ REMEDIES = {  # reason code -> what the user can do
     "truncated": "the file ends too early: copy or export it again",
     "wrong-counts": "the counts and the lines disagree: export the structure again",
     "no-atoms": "check the export, and that the file holds coordinates",
+    "no-conformer": "give a structure file with a geometry",
     # the atoms
     "unknown-element": "elements 1 to 118 are known: replace dummy atoms, check the element column",
     "not-finite": "recompute the geometry or remove the structure",

@@ -86,17 +86,17 @@ class TaskHead(nn.Module):
     """One predicted property, `kind` says how it is read off the nodes:
 
     - mean: invariant scalar per structure, of weighted means over nodes (intensive) [B]
-    - sum: invariant scalar per structure, sum over nodes (extensive) [B]
+    - sum: invariant scalar per structure, sum over nodes of a scalar and of `references`, the part of each element
+      (symbol -> value), which are NaN where an element has none [B]
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
     - tensor: symmetric matrix per structure, sum over nodes (a polarizability) [B,3,3]
     - node: invariant scalar per node [N]
     - classes: a logit per node of each of the named `classes` [N,K]
     - residues: a logit per node of each amino acid [N,20]; `MoietyForPrediction` hides them from the trunk
     - vector: vector per node [N,3]
-    - energy: sum over nodes of an invariant scalar and of `references`, the energy of each element (symbol -> eV) [B];
-      `MoietyForPrediction` takes forces and stress from its derivatives; NaN where an element has no reference
+    - energy: the same, in eV; `MoietyForPrediction` takes forces and stress from its derivatives [B]
 
-    The network works in standard units; the prediction is mean + std * output, in the task's unit (energy: a node's;
+    The network works in standard units; the prediction is mean + std * output, in the task's unit (sums: of a node;
     tensor: the mean is that of its diagonal). Logits have no unit.
     """
 
@@ -111,6 +111,7 @@ class TaskHead(nn.Module):
         "vector": (True, (3,)),
         "energy": (False, ()),
     }
+    EXTENSIVE = ("sum", "energy")
 
     def __init__(
         self,
@@ -126,16 +127,13 @@ class TaskHead(nn.Module):
         if kind not in self.KINDS:
             raise ValueError(f"task kind {kind!r} is not one of {', '.join(self.KINDS)}")
         channels, inner = config.hidden_size, config.hidden_size // 2
-        if references and kind != "energy":
-            raise ValueError(f"a task of kind {kind!r} has no references; those are energies of elements")
+        if references and kind not in self.EXTENSIVE:
+            raise ValueError(f"a task of kind {kind!r} has no references; those are parts of a sum over atoms")
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
-        unknown = math.nan if references else 0.0
-        of_elements = [(references or {}).get(symbol, unknown) for symbol in ELEMENTS]
-        self.references = [
-            unknown,
-            *of_elements,
-            *[unknown] * (config.vocab_size - 1 - len(of_elements)),
-        ]  # by node type
+        self.references: list[float] | None = None  # by node type
+        if references:
+            of_elements = [references.get(symbol, math.nan) for symbol in ELEMENTS]
+            self.references = [math.nan, *of_elements, *[math.nan] * (config.vocab_size - 1 - len(of_elements))]
         if (kind == "classes") != bool(classes):
             raise ValueError(f"a task of kind {kind!r} with classes {classes}: those belong to the kind 'classes'")
         if kind == "mean":
@@ -165,14 +163,14 @@ class TaskHead(nn.Module):
         if self.kind in ("classes", "residues"):
             return self.logits(features[:, 0])
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
-        if self.kind == "energy":
+        if self.kind in self.EXTENSIVE:
             learned_B = sum_per_graph(self.mean + self.std * scalar_N, graph_index, num_graphs)
+            if self.references is None:
+                return learned_B
             # a total energy of 1e5 eV has an error of .01 eV in fp32
             reference_N = positions.new_tensor(self.references, dtype=torch.float64)[node_type]
             return learned_B + sum_per_graph(reference_N, graph_index, num_graphs)
-        if self.kind == "sum":
-            value = sum_per_graph(scalar_N, graph_index, num_graphs)
-        elif self.kind == "node":
+        if self.kind == "node":
             value = scalar_N
         else:
             charge_N = scalar_N - mean_per_graph(scalar_N, graph_index, num_graphs)[graph_index]  # neutral: no origin

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from moiety.data.shards import MANIFEST
 from moiety.errors import InputError
 from moiety.training.board import Board
 from moiety.training.checkpoint import (
@@ -91,7 +92,7 @@ class Run:
         rank, world_size = start_distributed()
         run = cls(path, config, rank, world_size)
         known = path / "config.json"
-        if path.exists() and not known.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not known.exists() and (not path.is_dir() or _strangers(path)):
             raise InputError(f"{path}: exists and is not a run directory; choose another --out")
         if known.exists() and not fresh:
             run._refuse_changes(json.loads(known.read_text()))
@@ -290,6 +291,11 @@ class Run:
             raise InputError(f"{self.path}: a run of another configuration:{lines}\nuse --fresh, or another --out")
         for key, (old, new) in changed.items():
             self.progress.note(f"{key}: {old} -> {new}")
+
+
+def _strangers(path: Path) -> list[Path]:
+    """What is in a folder besides corpora, which may be the data of the run to come."""
+    return [inside for inside in path.iterdir() if not (inside / MANIFEST).is_file()]
 
 
 def _plain(config: Any) -> dict[str, Any]:
