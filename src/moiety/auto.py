@@ -42,11 +42,21 @@ def _processor(auto: Any) -> None:
     auto.AutoProcessor.register(MoietyConfig, MoietyProcessor, exist_ok=True)
 
 
+def _pipelines(pipelines: Any) -> None:
+    from moiety.inference.pipeline import StructurePropertyPipeline
+    from moiety.models.modeling_moiety import MoietyForPrediction
+
+    pipelines.PIPELINE_REGISTRY.register_pipeline(
+        "structure-property", pipeline_class=StructurePropertyPipeline, pt_model=(MoietyForPrediction,)
+    )
+
+
 REGISTRATIONS: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _config,
     "transformers.models.auto.modeling_auto": _models,
     "transformers.models.auto.feature_extraction_auto": _feature_extractor,
     "transformers.models.auto.processing_auto": _processor,
+    "transformers.pipelines": _pipelines,
 }
 
 
