@@ -23,12 +23,23 @@ from moiety.adapters.adapter import (
 )
 from moiety.adapters.baselines import baselines
 from moiety.adapters.references import unknown_elements
+from moiety.adapters.replay import (
+    PRETRAINING,
+    ReplayConfig,
+    Replayed,
+    Unlabelled,
+    WithPretrainingHeads,
+    forgetting,
+    held_out,
+    own_weights,
+)
 from moiety.adapters.tasks import Task, TaskConfig, known, require_one_energy
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
-from moiety.models.modeling_moiety import MoietyForPrediction
+from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
+from moiety.objectives import Objective, build_objectives
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from moiety.training.engine import optimizer_bytes
@@ -82,9 +93,14 @@ class FinetuneConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: str = "lora"
+    replay: ReplayConfig | None = None
 
     def __post_init__(self) -> None:
         require_one_energy(self.tasks)
+        if self.replay and self.method == "scratch":
+            raise InputError("replay with method=scratch: there is nothing to forget; leave one of them out")
+        if self.replay and any(task.kind == "residues" for task in self.tasks):
+            raise InputError("replay with a task of kind residues, which hides the residues that replay asks for")
         if self.method not in METHODS:
             raise InputError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
 
@@ -131,16 +147,25 @@ class LabelledData:
         """MoietyConfig.tasks."""
         return {name: head for task in self.tasks for name, head in task.head().items()}
 
-    def mixture(self, config: LabelledDataConfig) -> Mixture:
+    def mixture(self, config: LabelledDataConfig, replay: ReplayConfig | None = None) -> Mixture:
+        """Labelled structures, and those that are replayed."""
+        sources = [SourceConfig(config.corpus)]
+        if replay:
+            total = sum(source.weight for source in replay.sources)
+            sources = [SourceConfig(config.corpus, 1 - replay.share)]
+            sources += [SourceConfig(s.path, replay.share * s.weight / total) for s in replay.sources]
         data = DataConfig(
-            sources=(SourceConfig(config.corpus),),
+            sources=tuple(sources),
             node_budget=config.node_budget,
             edge_budget=config.edge_budget,
             micro_batches=config.micro_batches,
             split=config.train_split,
             seed=config.seed,
         )
-        return Mixture([Source(self.train, Path(config.corpus).name, data, 0)], data)
+        corpora: list[Any] = [self.train]
+        corpora += [Unlabelled(Corpus.open(source.path, split="train")) for source in sources[1:]]
+        names = [Path(source.path).name for source in sources]
+        return Mixture([Source(c, n, data, i) for i, (c, n) in enumerate(zip(corpora, names, strict=True))], data)
 
 
 def _chosen(
@@ -219,34 +244,56 @@ def finetune(run: Run, config: FinetuneConfig) -> list[dict[str, Any]] | None:
     source = "random weights" if config.method == "scratch" else config.model
     run.progress.note(f"trunk from {source}; new heads, from random weights: {', '.join(data.heads)}")
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
-    objectives = [task.objective() for task in data.tasks]
+    objectives: list[Objective] = [task.objective() for task in data.tasks]
+    if config.replay:
+        model = WithPretrainingHeads(model, MoietyForPreTraining.from_pretrained(config.model))
+        replayed = build_objectives(config.replay.objectives)
+        objectives = [*(Replayed(objective, config.replay.weight) for objective in replayed), *objectives]
     validation = None
     if data.val is not None:
         validation = Validation(run, partial(validation_score, config, data), config.data.patience)
-    fit(run, model, data.mixture(config.data), objectives, config.optimizer, config.training, validation)
+    mixture = data.mixture(config.data, config.replay)
+    fit(run, model, mixture, objectives, config.optimizer, config.training, validation)
     kept = optimizer_bytes(run.engine)
     run.progress.note(f"optimizer state: {kept:,} bytes a process; of all weights it would be {8 * total:,} in all")
     weights = run.weights()
     if weights is None:
         return None
-    trained = build_model(config, data.heads)
-    trained.load_state_dict(validation.best_weights() if validation else weights, strict=False)
+    trained = load_trained(config, data.heads, validation.best_weights() if validation else weights)
     if config.method in ADAPTERS:
         save_adapter(trained, run.path / "adapter", config.model, data.heads)  # type: ignore[arg-type]
     else:
         save_model(trained, run.path / "export")  # type: ignore[arg-type]
     output = predict(trained, MoietyConfig.from_pretrained(config.model).cutoff, data.test, data.tasks)
-    sizes: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
+    facts: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
     if validation:
-        sizes |= {"best_step": validation.best_step, "validation": validation.best_score}
-    return write_results(run.path, config, data, output, sizes)
+        facts |= {"best_step": validation.best_step, "validation": validation.best_score}
+    if config.method not in ("scratch", "head"):
+        facts["forgetting"] = forgotten = measure_forgetting(config, data, trained)
+        for domain, by_objective in forgotten.items():
+            changes = ", ".join(f"{name} {e['base']:.3f} -> {e['now']:.3f}" for name, e in by_objective.items())
+            run.progress.note(f"losses of pretraining, {domain}, base -> fine-tuned: {changes}")
+    return write_results(run.path, config, data, output, facts)
+
+
+def load_trained(config: FinetuneConfig, heads: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    """The network with what a checkpoint holds."""
+    model = build_model(config, heads)
+    model.load_state_dict(own_weights(weights) if config.replay else weights, strict=False)
+    return model
+
+
+def measure_forgetting(config: FinetuneConfig, data: LabelledData, trained: nn.Module) -> dict[str, Any]:
+    """See `moiety.adapters.replay.forgetting`."""
+    settings = config.replay.objectives if config.replay else PRETRAINING
+    structures = held_out(config.replay, data.test)
+    return forgetting(config.model, trained, structures, build_objectives(settings))
 
 
 def validation_score(config: FinetuneConfig, data: LabelledData, weights: dict[str, Tensor]) -> float:
     """Mean over the tasks, by weight, of MAE over spread; of classes, of the share that is wrong."""
     assert data.val is not None
-    model = build_model(config, data.heads)
-    model.load_state_dict(weights, strict=False)
+    model = load_trained(config, data.heads, weights)
     output = predict(model, model.config.cutoff, data.val, data.tasks)  # type: ignore[arg-type]
     structures = data.val.read(range(len(data.val)), whole=True)
     total = 0.0
@@ -316,7 +363,7 @@ def interval(task: Task, answered: Array, true: Array, sizes: Sequence[int] | Ar
 
 
 def write_results(
-    path: Path, config: FinetuneConfig, data: LabelledData, output: dict[str, Array], sizes: dict[str, Any]
+    path: Path, config: FinetuneConfig, data: LabelledData, output: dict[str, Array], facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """metrics.json and predictions.json, an entry a task, with the baselines that need no training."""
     train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
@@ -325,7 +372,7 @@ def write_results(
     for task in data.tasks:
         answered, true = task.answer(output[task.name], test), task.labels(test)
         error = task.error(answered, true)
-        sizes_of = [s.num_nodes for s in test] if task.label.per_node else np.ones(len(test), dtype=np.int64)
+        sizes = [s.num_nodes for s in test] if task.label.per_node else np.ones(len(test), dtype=np.int64)
         others = {name: task.error(answers, true) for name, answers in baselines(task, train, test).items()}
         metrics.append(
             {
@@ -333,12 +380,12 @@ def write_results(
                 "metric": task.metric,
                 "unit": task.metric_unit,
                 "results": {name: error, **others},
-                "interval": interval(task, answered, true, sizes_of),
+                "interval": interval(task, answered, true, sizes),
                 "num_train": len(train),
                 "num_test": len(test),
                 "steps": config.training.steps,
                 "seed": config.training.seed,
-                **sizes,
+                **facts,
             }
         )
         there = np.isfinite(true)

@@ -1,0 +1,188 @@
+"""Replay: what the base was pretrained on, mixed into fine-tuning, so that it is not forgotten; and how much of it is.
+
+The heads of pretraining come back beside those of the tasks, frozen: they define what the base could do. Micro-batches
+of the replayed corpora are spoilt as in pretraining and carry no labels; labelled ones are left as they are.
+"""
+# Shapes: B structures.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from moiety.data.shards import Corpus
+from moiety.data.structure import Array, Structure
+from moiety.data.subset import Subset
+from moiety.errors import InputError
+from moiety.models.blocks_moiety import full_precision
+from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.models.vocabulary_moiety import DOMAINS
+from moiety.objectives import Objective, build_objectives
+from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.training.config import SourceConfig
+
+MARK = "replay:"  # before the ids of replayed structures
+BATCH = 32  # structures that are asked at a time
+PRETRAINING: dict[str, dict[str, Any]] = {"coordinates": {}, "types": {}, "cell": {}}
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Which corpora are replayed, and how much of them."""
+
+    sources: tuple[SourceConfig, ...]
+    share: float = 0.25  # of the micro-batches
+    weight: float = 0.2  # of the losses of pretraining, beside those of the tasks
+    objectives: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(PRETRAINING))
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise InputError(f"replay.share is {self.share}; it is a share of the micro-batches, between 0 and 1")
+        build_objectives(self.objectives)
+
+
+class Unlabelled:
+    """A corpus as replay shows it: geometries alone, under marked ids."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self.manifest, self.domain, self.fingerprint = corpus.manifest, corpus.domain, corpus.fingerprint
+        self.num_nodes, self.num_edges, self.damaged = corpus.num_nodes, corpus.num_edges, corpus.damaged
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def ids(self) -> list[str]:
+        return self._corpus.ids()
+
+    def read(self, indices: Sequence[int] | Array, whole: bool = False) -> list[Structure]:
+        structures = self._corpus.read(indices)
+        for structure in structures:
+            structure.id, structure.scalars = MARK + structure.id, {}
+        return structures
+
+
+class Replayed(Objective):
+    """An objective of pretraining that spoils and scores replayed micro-batches alone."""
+
+    def __init__(self, objective: Objective, weight: float):
+        self.objective, self.name, self.weight = objective, f"replayed {objective.name}", weight * objective.weight
+
+    def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
+        return self.objective.corrupt(batch, rng) if _is_replayed(batch) else batch
+
+    def scored(self, batch: Batch) -> Tensor:
+        if _is_replayed(batch):
+            return self.objective.scored(batch)
+        return batch.positions.new_zeros(batch.num_structures)
+
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
+        return self.objective.loss_sum(output, batch) if _is_replayed(batch) else self.scored(batch)
+
+
+def _is_replayed(batch: Batch) -> bool:
+    return batch.ids[0].startswith(MARK)
+
+
+@dataclass
+class ReplayOutput(ModelOutput):
+    """Predictions of the tasks, and what the heads of pretraining say."""
+
+    predictions: dict[str, Tensor] | None = None
+    noise: Tensor | None = None
+    type_logits: Tensor | None = None
+    strain: Tensor | None = None
+
+
+class WithPretrainingHeads(nn.Module):
+    """A model with task heads, adapted or not, and the base's frozen heads of pretraining on the same trunk."""
+
+    def __init__(self, model: nn.Module, base: MoietyForPreTraining):
+        super().__init__()
+        self.model = model
+        self.noise_head, self.type_head, self.strain_head = base.noise_head, base.type_head, base.strain_head
+        for head in (self.noise_head, self.type_head, self.strain_head):
+            head.requires_grad_(False)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def energy(self) -> str | None:
+        return self.model.energy  # type: ignore[return-value]
+
+    def activation_checkpointing_enable(self) -> None:
+        self.model.activation_checkpointing_enable()  # type: ignore[operator]
+
+    def forward(self, **inputs: Any) -> ReplayOutput:
+        output = self.model(**inputs)
+        features, graph_index = output.node_features, output.graph_index
+        with full_precision(features):
+            return ReplayOutput(
+                predictions=output.predictions,
+                noise=self.noise_head(features),
+                type_logits=self.type_head(features[:, 0]),
+                strain=self.strain_head(features, graph_index, output.graph_features.shape[0]),
+            )
+
+
+def own_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the model inside WithPretrainingHeads."""
+    prefix = "model."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+@torch.no_grad()
+def forgetting(
+    model_dir: str | Path, trained: nn.Module, structures: Sequence[Structure], objectives: Sequence[Objective]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Losses of pretraining with the base's trunk and with the trained one, its own heads on both, the same noise.
+
+    Returns:
+        domain -> objective -> {"base", "now", "change": relative}.
+    """
+    base = MoietyForPreTraining.from_pretrained(str(model_dir)).eval()
+    models = {"base": base, "now": WithPretrainingHeads(trained, base).eval()}
+    sums = {name: np.zeros((len(DOMAINS), len(objectives), 2)) for name in models}
+    rng = torch.Generator().manual_seed(0)
+    for start in range(0, len(structures), BATCH):
+        batch = collate(list(structures[start : start + BATCH]))
+        for objective in objectives:
+            batch = objective.corrupt(batch, rng)
+        batch = with_neighbors(batch, base.config.cutoff)
+        for name, model in models.items():
+            output = model(**batch.inputs())
+            for number, objective in enumerate(objectives):
+                scored = objective.scored(batch)
+                loss = torch.where(scored > 0, objective.loss_sum(output, batch), 0.0)
+                terms = torch.stack([loss, scored.to(loss)], dim=-1).double().numpy()
+                np.add.at(sums[name][:, number], batch.domain.numpy(), terms)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for d, domain in enumerate(DOMAINS):
+        for o, objective in enumerate(objectives):
+            counts = sums["base"][d, o, 1]
+            if counts:
+                before, now = (float(sums[name][d, o, 0] / counts) for name in models)
+                found.setdefault(domain, {})[objective.name] = {"base": before, "now": now, "change": now / before - 1}
+    return found
+
+
+def held_out(config: ReplayConfig | None, test: Subset, num: int = 256) -> list[Structure]:
+    """What forgetting is measured on: the replayed corpora's val split, without replay the test structures."""
+    if config is None:
+        return test.read(range(min(num, len(test))))
+    found = []
+    for source in config.sources:
+        corpus = Corpus.open(source.path)
+        splits = corpus.manifest["splits"]
+        corpus = Corpus.open(source.path, split="val") if "val" in splits else corpus
+        found += corpus.read(range(min(num // len(config.sources), len(corpus))))
+    return found

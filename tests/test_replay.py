@@ -1,0 +1,107 @@
+"""Replay keeps what the base could do: its micro-batches are spoilt and scored as in pretraining, others are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from moiety.adapters.adapter import AdapterSettings, add_adapter, load_base
+from moiety.adapters.finetune import FinetuneConfig
+from moiety.adapters.replay import MARK, PRETRAINING, Replayed, Unlabelled, WithPretrainingHeads, forgetting
+from moiety.adapters.tasks import Task, TaskConfig
+from moiety.data.shards import Corpus
+from moiety.errors import InputError
+from moiety.inference.predict import load_predictor
+from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.objectives import build_objectives
+from moiety.testing import launched
+from moiety.tokens.batch import collate, with_neighbors
+from moiety.training.config import load_config
+from moiety.training.export import save_model
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / "tests/data/corpora"
+DIPOLE = {"dipole": {"kind": "dipole_norm", "std": 1.5, "unit": "D"}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "export"
+    torch.manual_seed(0)
+    save_model(MoietyForPreTraining(MoietyConfig(hidden_size=16, num_layers=2, num_heads=2, edge_channels=8)), folder)
+    return folder
+
+
+def test_replayed_structures_have_no_labels_and_labelled_ones_no_noise():
+    corpus = Corpus.open(SAMPLES / "qm9", split="train")
+    labelled = corpus.read(range(4), whole=True)
+    task = Task.fit(TaskConfig("dipole", "dipole_norm", "D"), labelled)
+    replayed = Unlabelled(corpus).read(range(4), whole=True)
+    assert all(s.id.startswith(MARK) and not s.scalars for s in replayed)
+    coordinates = Replayed(build_objectives({"coordinates": {}})[0], weight=0.2)
+    for structures, is_replayed in ((labelled, False), (replayed, True)):
+        batch = collate(structures, labels=task.objective().labels)
+        seen = coordinates.corrupt(batch, torch.Generator().manual_seed(0))
+        assert torch.equal(seen.positions, batch.positions) is not is_replayed
+        assert bool(coordinates.scored(seen).any()) is is_replayed
+        assert bool(task.objective().scored(seen).any()) is not is_replayed
+
+
+def test_nothing_is_forgotten_before_training_and_something_after_damage(base: Path):
+    structures = [s for name in ("qm9", "crystals") for s in Corpus.open(SAMPLES / name, split="train").read(range(6))]
+    adapted = add_adapter(load_base(base, DIPOLE), AdapterSettings())
+    found = forgetting(base, adapted, structures, build_objectives(PRETRAINING))
+    assert found.keys() == {"molecule", "crystal"} and found["crystal"].keys() == PRETRAINING.keys()
+    assert all(abs(entry["change"]) < 1e-5 for by_objective in found.values() for entry in by_objective.values())
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    damaged = forgetting(base, adapted, structures, build_objectives(PRETRAINING))
+    assert max(abs(entry["change"]) for entry in damaged["molecule"].values()) > 0.01
+
+
+def test_the_heads_of_pretraining_come_back_frozen(base: Path):
+    pretrained = MoietyForPreTraining.from_pretrained(base).eval()
+    model = WithPretrainingHeads(load_base(base, DIPOLE), pretrained).eval()
+    batch = with_neighbors(collate(Corpus.open(SAMPLES / "qm9", split="train").read(range(3))), 5.0)
+    with torch.no_grad():
+        one, other = model(**batch.inputs()), pretrained(**batch.inputs())
+    assert torch.equal(one.noise, other.noise) and torch.equal(one.type_logits, other.type_logits)
+    assert not any(p.requires_grad for p in model.noise_head.parameters())
+    assert all(p.requires_grad for p in model.model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_with_replay_tells_both_losses_and_what_was_forgotten(method: str, base: Path, tmp_path: Path):
+    config = ROOT / "finetune/configs/qm9_dipole.yaml"
+    words = ["steps=4", "log_every=4", "warmup_steps=1", "num_train=12", "num_test=4", "node_budget=256"]
+    words += [f"model={base}", f"corpus={SAMPLES / 'qm9'}", f"method={method}"]
+    words += [f"replay={{sources: [{{path: {SAMPLES / 'proteins'}}}], share: 0.5}}"]
+    (record,) = launched.train(ROOT / "finetune/lora.py", ["--config", config, *words], tmp_path / "run")
+    assert record["losses"]["protein"].keys() == {"replayed types", "replayed coordinates"}
+    assert record["losses"]["molecule"].keys() == {"dipole"}
+    (metrics,) = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["forgetting"]["protein"].keys() == {"types", "coordinates"}
+    where = (base, tmp_path / "run/adapter") if method == "lora" else (tmp_path / "run/export", None)
+    (line,) = load_predictor(*where)(Corpus.open(SAMPLES / "qm9", split="test").read([0]))
+    assert line["dipole"]["unit"] == "D"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "says"),
+    [
+        ("qm9_dipole", ["method=scratch"], "nothing to forget"),
+        ("proteins_residues", [], "hides the residues"),
+        ("qm9_dipole", ["replay.share=1.5"], "between 0 and 1"),
+        ("qm9_dipole", ["replay.objectives={colour: {}}"], "no such objective"),
+    ],
+)
+def test_replay_that_makes_no_sense_is_refused(recipe: str, words: list[str], says: str):
+    words = ["replay={sources: [{path: corpora/full/qm9}]}", *words]
+    with pytest.raises(InputError, match=says):
+        load_config(FinetuneConfig, ROOT / f"finetune/configs/{recipe}.yaml", words)
