@@ -90,7 +90,10 @@ def choose_tasks(own: OwnData, target: str, kind: str, unit: str, where: str) ->
     """What is learned: an energy brings forces and stress along where the structures have them."""
     structures = own.structures
     target = _promote_energy(structures, own.units, target)
-    there = sorted({*labels_of(structures), *([RESIDUE] if any(s.is_residue.any() for s in structures) else [])})
+    names: set[str] = set(labels_of(structures))
+    if any(s.is_residue.any() for s in structures):
+        names.add(RESIDUE)
+    there = sorted(names)
     if target not in there:
         close = difflib.get_close_matches(target, there, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

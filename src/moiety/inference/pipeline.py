@@ -25,7 +25,7 @@ class StructurePropertyPipeline(Pipeline):
     _load_tokenizer = False
 
     def __init__(self, model: MoietyForPrediction, adapter: str | Path | None = None, **options: Any) -> None:
-        self.predictor = load_predictor(Path(model.name_or_path), None if adapter is None else Path(adapter))
+        self.predictor = load_predictor(Path(str(model.name_or_path)), None if adapter is None else Path(adapter))
         super().__init__(model=self.predictor.model, **options)
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
