@@ -115,6 +115,14 @@ def test_steps_that_were_odd_are_listed_with_their_structures(run_dir: Path):
     assert "&lt;i&gt;, a, b, c, d, e and 3 more" in html
 
 
+def test_classes_are_drawn_as_shares_and_validation_as_a_curve(run_dir: Path):
+    classes = {"target": "fold", "classes": ["helix", "strand"], "true": [0, 0, 1], "predicted": [0, 1, 1]}
+    (run_dir / "dipole" / "predictions.json").write_text(json.dumps([classes]))
+    (run_dir / "validation.jsonl").write_text('{"step": 5, "score": 0.5}\n{"step": 10, "score": 0.25}\n')
+    html = write_report(run_dir).read_text()
+    assert '"heatmap"' in html and "50%" in html and "lowest 0.25" in html
+
+
 def test_names_from_files_cannot_inject_markup(run_dir: Path):
     (run_dir / "run.json").write_text('{"<script>alert(1)</script>": "<b>"}')
     html = write_report(run_dir).read_text()

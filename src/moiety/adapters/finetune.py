@@ -234,9 +234,9 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
     return model
 
 
-def finetune(run: Run, config: FinetuneConfig) -> list[dict[str, Any]] | None:
+def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None) -> list[dict[str, Any]] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
-    data = LabelledData.open(config.data, config.tasks)
+    data = data or LabelledData.open(config.data, config.tasks)
     for line in told(data):
         run.progress.note(line)
     model = build_model(config, data.heads)
@@ -399,6 +399,7 @@ def write_results(
                 "predicted": answered[there].tolist(),
                 "metrics": {task.metric: error},
                 "baselines": others,
+                **({"classes": task.class_names} if task.classifies else {}),
             }
         )
     write_json(path / "metrics.json", metrics)

@@ -80,7 +80,7 @@ def finetune_own(
         labelled = LabelledData.open(config.data, config.tasks)
         for line in (*told_data(own, data), *told_plan(config, labelled)):
             run.progress.note(line)
-        metrics = finetune(run, config)
+        metrics = finetune(run, config, labelled)
         assert metrics is not None, "one process"
     write_report(out)
     return metrics

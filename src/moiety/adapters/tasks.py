@@ -15,6 +15,7 @@ from moiety.adapters.references import References
 from moiety.data.structure import Array, Structure
 from moiety.errors import InputError
 from moiety.models.heads_moiety import TaskHead
+from moiety.models.vocabulary_moiety import AMINO_ACIDS
 from moiety.objectives.regression import Classification, Regression, Supervised
 from moiety.tokens.labels import RESIDUE, Label
 
@@ -138,6 +139,10 @@ class Task:
     @property
     def classifies(self) -> bool:
         return self.kind in ("classes", "residues")
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.config.classes) or AMINO_ACIDS
 
     @property
     def per_atom(self) -> bool:

@@ -20,6 +20,7 @@ from moiety import __version__
 from moiety.inference.drawing import PREDICTED_COLOR, RESIDUE_COLORS, TRUE_COLOR, structure_figure
 from moiety.inference.report_figures import (
     DOMAIN_COLORS,
+    confusion_figure,
     loss_figures,
     parity_figure,
     results_figure,
@@ -143,6 +144,10 @@ def _losses(files: RunFiles) -> Iterator[Section]:
         parts.append(
             _figure(figure, title, f"{text} Faint: as logged. Bold: running mean. Dotted: the trivial predictor.")
         )
+    if files.validation[0]:
+        lowest = min(files.validation[1])
+        text = f"Of held-out structures, at every checkpoint; lowest {lowest:.3g}: those weights were taken."
+        parts.append(_figure(series_figure(files.validation, "validation score"), "Validation", text))
     if parts:
         yield Section("losses", "Loss by domain and objective", "".join(parts))
 
@@ -178,9 +183,10 @@ def _transfer(files: RunFiles) -> Iterator[Section]:
     for prediction in files.predictions:
         metrics = ", ".join(f"{name} {value:.3g}" for name, value in prediction.get("metrics", {}).items())
         baselines = "".join(f"; {name} {value:.3g}" for name, value in prediction.get("baselines", {}).items())
-        count = f"{len(prediction['true']):,} structures of the {prediction.get('split', 'test')} set"
+        count = f"{len(prediction['true']):,} values of the {prediction.get('split', 'test')} set"
         title = f"{prediction['target']}, {prediction.get('method', prediction['directory'])}"
-        pictures.append(_figure(parity_figure(prediction), title, f"{count}. {metrics}{baselines}."))
+        figure = confusion_figure(prediction) if prediction.get("classes") else parity_figure(prediction)
+        pictures.append(_figure(figure, title, f"{count}. {metrics}{baselines}."))
     if pictures:
         yield Section("transfer", "Transfer to labelled properties", f"<div class=grid>{''.join(pictures)}</div>")
 

@@ -94,6 +94,26 @@ def parity_figure(prediction: dict[str, Any]) -> go.Figure:
     return figure
 
 
+def confusion_figure(prediction: dict[str, Any]) -> go.Figure:
+    """Of every true class, the share that each class was predicted for."""
+    names = prediction["classes"]
+    true, predicted = (np.asarray(prediction[key], dtype=np.int64) for key in ("true", "predicted"))
+    counts = np.zeros((len(names), len(names)))
+    np.add.at(counts, (true, predicted), 1)
+    share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    figure = base_figure(f"predicted {prediction['target']}", f"true {prediction['target']}", height=420)
+    figure.add_trace(
+        go.Heatmap(
+            x=names, y=names, z=share, zmin=0, zmax=1, colorscale=[[0, "white"], [1, POINT_COLOR]], showscale=False,
+            text=[[f"{value:.0%}" if value >= 0.005 else "" for value in row] for row in share],
+            texttemplate="%{text}" if len(names) <= 10 else "",
+            hovertemplate="true %{y}, predicted %{x}: %{z:.1%}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
 def results_figure(target: dict[str, Any]) -> go.Figure:
     """The error of every method on the same test set, best first, as bars."""
     names, values = list(target["results"])[::-1], list(target["results"].values())[::-1]

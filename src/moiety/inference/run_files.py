@@ -7,7 +7,9 @@ run.json                 training: parameters, versions, machine, corpora {name:
 trivial.json             describe_run: {domain: {objective: loss of a predictor that knows nothing}}
 denoising_examples.json  describe_run: a list, see `moiety.inference.examples.denoising_examples`
 metrics.json             fine-tuning, a list: target, metric, unit, results {method: value}; the rest is shown as is
-predictions.json         the same: target, unit, split, true [n], predicted [n], metrics {name: value}, baselines
+predictions.json         the same: target, unit, split, true [n], predicted [n], metrics {name: value}, baselines, and
+                         classes [names] where true and predicted are their numbers
+validation.jsonl         fine-tuning: step, score of held-out structures per line
 
 `metrics.json` and `predictions.json` are looked for in the run directory and in the directories directly below it, so a
 fine-tuning that puts its `--out` inside the pretraining run appears in that run's report. Results of the same target
@@ -39,6 +41,7 @@ class RunFiles:
     examples: list[dict[str, Any]] = field(default_factory=list)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    validation: Curve = field(default_factory=lambda: ([], []))
 
     @classmethod
     def open(cls, directory: Path) -> RunFiles:
@@ -60,6 +63,7 @@ class RunFiles:
             examples=_read(directory / "denoising_examples.json", []),
             metrics=_read_each(directory, "metrics.json"),
             predictions=_read_each(directory, "predictions.json"),
+            validation=_curve(_read_log(directory / "validation.jsonl"), "score"),
         )
         if not (files.log or files.examples or files.metrics or files.predictions):
             raise InputError(
@@ -81,8 +85,12 @@ class RunFiles:
 
     def series(self, name: str) -> Curve:
         """A number of the log, such as `lr`, over the steps."""
-        records = [record for record in self.log if isinstance(record.get(name), int | float)]
-        return [record["step"] for record in records], [float(record[name]) for record in records]
+        return _curve(self.log, name)
+
+
+def _curve(records: list[dict[str, Any]], name: str) -> Curve:
+    records = [record for record in records if isinstance(record.get(name), int | float)]
+    return [record["step"] for record in records], [float(record[name]) for record in records]
 
 
 def _read(path: Path, default: Any) -> Any:
