@@ -24,7 +24,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test test-slow check format transfer-quick bench bench-gpu bench-accuracy report-png clean
+.PHONY: install quickstart test test-slow check format transfer transfer-quick bench bench-gpu bench-accuracy report-png clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -56,8 +56,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What pretraining is worth: paired runs of all methods on tasks of every domain; many hours. MODEL: the base.
+MODEL ?= runs/quickstart/export
+transfer: $(INSTALLED)
+	for corpus in qm9 forces crystals proteins; do \
+		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
+	$(BIN)/python benchmarks/transfer.py --model $(MODEL)
+
 transfer-quick: $(INSTALLED)
-	$(BIN)/python benchmarks/transfer_quick.py
+	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
+	$(BIN)/python benchmarks/transfer.py --quick --model $(MODEL)
 
 # Speed and memory beside other models, which have an environment of their own.
 bench: $(INSTALLED) $(PEERS_INSTALLED)

@@ -1,0 +1,241 @@
+"""What pretraining is worth: paired fine-tuning runs from few labels and many, beside what needs no network.
+
+    make transfer                                             pilots, then the matrix: many hours on two cores
+    make transfer-quick                                       dipole and gap from 1,000 labels: a quarter of an hour
+    python benchmarks/transfer.py --pilot [--tasks dipole]    learning rates, by validation
+    python benchmarks/transfer.py [--tasks ...] [--counts 100,1000] [--arms ...] [--seeds 0,1,2]
+    python benchmarks/transfer.py --show                      what is there by now; runs nothing
+
+Every run is one `finetune/lora.py` on one core, as many at a time as there are cores; finished ones are not run again.
+A seed fixes the training labels, their order and fresh weights, for all arms alike; arms have the same steps, the same
+test set, and the weights of their best validation score. Each arm's learning rate is the best of three on validation,
+at 1,000 labels (seed 0) of the task. Writes benchmarks/results/transfer.json and the tables of docs/transfer.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers.crew import ROOT, machine
+from peers.tables import Sheet, around_marks, fill
+from rich.console import Console
+from rich.progress import track
+
+from moiety.adapters.adapter import base_fingerprint
+from moiety.adapters.finetune import METHODS
+from moiety.errors import InputError
+
+PAGE = ROOT / "docs/transfer.md"
+RESULTS = ROOT / "benchmarks/results/transfer.json"
+SETTINGS = ROOT / "benchmarks/results/transfer_rates.json"
+ARMS = {  # learning rates that are tried
+    "scratch": (1e-3, 2e-3, 4e-3), "full": (5e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2), "head": (2e-3, 5e-3, 1e-2),
+}  # fmt: skip
+PILOT = 1000  # labels
+MANY = 3000  # and more labels have MOST steps
+STEPS = {100: 300, 1000: 1000}
+MOST = 3000
+NUM_VAL = 500
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe, which of its targets counts, and from how many labels it is learned."""
+
+    recipe: str
+    target: str
+    counts: tuple[int, ...]
+    changes: tuple[str, ...] = ()
+
+
+QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
+TASKS = {
+    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9),
+    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9),
+    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9),
+    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",)),
+    "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",)),
+    "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
+    "secondary": Task("proteins_secondary", "secondary_structure", (100, 1000, 10000), ("num_val=200",)),
+}
+QUICK = ("dipole", "gap")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning."""
+
+    task: str
+    arm: str
+    count: int
+    seed: int
+    rate: float
+    pilot: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.arm}-{self.count}-{self.seed}-{self.rate:g}"
+
+    def words(self, model: str) -> list[str]:
+        """Arguments of finetune/lora.py."""
+        task = TASKS[self.task]
+        steps = STEPS.get(self.count, MOST if self.count >= MANY else STEPS[1000])
+        words = [f"num_val={NUM_VAL}", *task.changes, f"model={model}", f"method={self.arm}", f"num_train={self.count}"]
+        words += [f"steps={steps}", f"checkpoint_every={steps // 6}", "patience=6", f"lr={self.rate:g}"]
+        words += [f"training.seed={self.seed}", f"data.seed={self.seed}", *(["num_test=8"] if self.pilot else [])]
+        return ["--config", str(ROOT / f"finetune/configs/{task.recipe}.yaml"), *words]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        around_marks(PAGE)
+        out = args.out / base_fingerprint(args.model)  # results of one base
+        if not (args.model / "config.json").is_file():
+            raise InputError(f"{args.model}: no model here; pretrain one, or give --model")
+        rates = pilot(args.tasks, args.arms, args.model, out / "pilot") if not args.show else read_rates()
+        jobs = [
+            Job(task, arm, count, seed, rates[task][arm])
+            for count in args.counts for seed in args.seeds for task in args.tasks for arm in args.arms
+            if count in TASKS[task].counts and arm in rates.get(task, {})
+        ]  # fmt: skip
+        if not (args.show or args.pilot):
+            run(jobs, args.model, out)
+    except InputError as error:
+        print(f"transfer.py: {error}", file=sys.stderr)
+        return 2
+    if not args.pilot:
+        found = collect(jobs, out)
+        sheets = [sheet(found, task) for task in TASKS if task in found]
+        for one in sheets:
+            one.show(Console())
+        write(found, sheets, args.model)
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pilot", action="store_true", help="learning rates alone")
+    parser.add_argument("--show", action="store_true", help="tables of what is there")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} from {PILOT:,} labels")
+    parser.add_argument("--tasks", type=words(TASKS), default=list(TASKS))
+    parser.add_argument("--arms", type=words(ARMS), default=list(ARMS))
+    parser.add_argument("--counts", type=lambda text: [int(word) for word in text.split(",")], default=None)
+    parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--model", type=Path, default=ROOT / "runs/quickstart/export")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/transfer", help="folder of the runs")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.tasks, args.counts = list(QUICK), [PILOT]
+    args.counts = args.counts or sorted({count for task in args.tasks for count in TASKS[task].counts})
+    return args
+
+
+def words(known: Iterable[str]) -> Any:
+    """A reader of words between commas."""
+
+    def read(text: str) -> list[str]:
+        for word in text.split(","):
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
+        return text.split(",")
+
+    return read
+
+
+def run(jobs: Sequence[Job], model: Path, out: Path) -> None:
+    """Those that are not finished, one core each."""
+    waiting = [job for job in jobs if not (out / job.name / "metrics.json").exists()]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        done = pool.map(lambda job: finetune(job, model, out), waiting)
+        for _ in track(done, "fine-tuning", total=len(waiting), console=Console(stderr=True)):
+            pass
+
+
+def finetune(job: Job, model: Path, out: Path) -> None:
+    command = [sys.executable, ROOT / "finetune/lora.py", *job.words(str(model)), "--out", out / job.name]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{job.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def pilot(tasks: Sequence[str], arms: Sequence[str], model: Path, out: Path) -> dict[str, dict[str, float]]:
+    """Task -> arm -> the learning rate of the lowest validation score."""
+    jobs = [Job(task, arm, PILOT, 0, rate, pilot=True) for task in tasks for arm in arms for rate in ARMS[arm]]
+    run(jobs, model, out)
+    scores: dict[tuple[str, str], dict[float, float]] = {}
+    for job in jobs:
+        scores.setdefault((job.task, job.arm), {})[job.rate] = read(out / job.name, job.task)["validation"]
+    rates = read_rates()
+    for (task, arm), found in scores.items():
+        rates.setdefault(task, {})[arm] = min(found, key=lambda rate: found[rate])
+    SETTINGS.parent.mkdir(exist_ok=True)
+    SETTINGS.write_text(json.dumps(rates, indent=1) + "\n")
+    return rates
+
+
+def read_rates() -> dict[str, dict[str, float]]:
+    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+
+
+def read(folder: Path, task: str) -> dict[str, Any]:
+    """The entry of metrics.json that counts."""
+    entries = json.loads((folder / "metrics.json").read_text())
+    return next(entry for entry in entries if entry["target"] == TASKS[task].target)
+
+
+def collect(jobs: Sequence[Job], out: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Task -> labels -> arm or baseline -> test error of every seed that is finished."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for job in jobs:
+        if not (out / job.name / "metrics.json").exists():
+            continue
+        by_name = found.setdefault(job.task, {}).setdefault(f"{job.count}", {})
+        for name, value in read(out / job.name, job.task)["results"].items():
+            values = by_name.setdefault(name, [])
+            if name in METHODS.values() or len(values) <= job.seed:  # every arm reports the same baselines
+                values.append(value)
+    return found
+
+
+def sheet(found: dict[str, dict[str, dict[str, list[float]]]], task: str) -> Sheet:
+    """A row a method: mean and standard deviation over the seeds, and the change against scratch."""
+    counts = found[task]
+    names = list(dict.fromkeys(name for by_name in counts.values() for name in by_name))
+    names.sort(key=lambda name: name not in METHODS.values())
+    rows = [[name, *(cell(by_name, name) for by_name in counts.values())] for name in names]
+    title = f"{task}: test error of `{TASKS[task].recipe}`, {TASKS[task].target} (change against scratch)"
+    return Sheet(title, ["method", *(f"{int(count):,} labels" for count in counts)], rows)
+
+
+def cell(by_name: dict[str, list[float]], name: str) -> str:
+    values, scratch = by_name.get(name), by_name.get(METHODS["scratch"])
+    if not values:
+        return "–"
+    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.std(values) > 0 else ""
+    change = f" ({np.mean(values) / np.mean(scratch) - 1:+.0%})" if scratch and name != METHODS["scratch"] else ""
+    return f"{np.mean(values):.4g}{spread}{change}"
+
+
+def write(found: dict[str, Any], sheets: Sequence[Sheet], model: Path) -> None:
+    """The figures, and the tables of the page."""
+    where = machine({})
+    facts = {"machine": where, "base": base_fingerprint(model), "rates": read_rates(), "errors": found}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+    head = f"Measured on {where['date']}, commit {where['commit']}, base {facts['base']}; mean and standard deviation."
+    fill(PAGE, "\n\n".join([head, *(one.markdown() for one in sheets)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

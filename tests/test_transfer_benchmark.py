@@ -1,0 +1,77 @@
+"""The evidence for pretraining: every run is a valid one, runs are paired, and tables say what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moiety.adapters.finetune import FinetuneConfig
+from moiety.training.config import load_config
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def transfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("transfer")
+    monkeypatch.setattr(module, "SETTINGS", tmp_path / "results/rates.json")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results/transfer.json")
+    page = tmp_path / "transfer.md"
+    page.write_text(module.PAGE.read_text())
+    monkeypatch.setattr(module, "PAGE", page)
+    return module
+
+
+def test_every_run_is_a_configuration_and_arms_differ_in_method_and_rate_alone(transfer: Any):
+    for name, task in transfer.TASKS.items():
+        for count in task.counts:
+            jobs = [transfer.Job(name, arm, count, 1, rates[0]) for arm, rates in transfer.ARMS.items()]
+            configs = [load_config(FinetuneConfig, job.words("base")[1], job.words("base")[2:]) for job in jobs]
+            assert len({c.method for c in configs}) == len(transfer.ARMS)
+            assert len({(c.data, c.training, c.tasks) for c in configs}) == 1
+            assert configs[0].data.num_train == count and configs[0].data.num_val > 0
+            assert any(t.label == task.target for t in configs[0].tasks)
+
+
+def canned(transfer: Any, calls: list[list[str]]) -> Any:
+    """In the place of a fine-tuning: errors that a seed and a method give."""
+
+    def finetune(job: Any, model: Path, out: Path) -> None:
+        calls.append(job.words(str(model)))
+        method = transfer.METHODS[job.arm]
+        error = {"scratch": 2.0, "full": 1.0, "lora": 1.1, "head": 3.0}[job.arm] + 0.1 * job.seed
+        entry = {"target": transfer.TASKS[job.task].target, "results": {method: error, "mean predictor": 9.0}}
+        (out / job.name).mkdir(parents=True)
+        (out / job.name / "metrics.json").write_text(json.dumps([{**entry, "validation": abs(job.rate - 2e-3)}]))
+
+    return finetune
+
+
+def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
+    transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[list[str]] = []
+    monkeypatch.setattr(transfer, "finetune", canned(transfer, calls))
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    words = ["--quick", "--model", str(tmp_path / "base"), "--out", str(tmp_path / "runs")]
+    assert transfer.main(words) == 0
+    rates = json.loads(transfer.SETTINGS.read_text())
+    assert rates["dipole"] == {"scratch": 2e-3, "full": 2e-3, "lora": 2e-3, "head": 2e-3}
+    page = transfer.PAGE.read_text()
+    assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in page and "| mean predictor | 9 (+329%) |" in page
+    assert "Not measured yet" not in page
+    done = len(calls)
+    assert done == 2 * 4 * 3 + 2 * 4 * 3, "pilots and seeds"
+    assert transfer.main(words) == 0 and len(calls) == done, "what is finished is not run again"
+    assert transfer.main([*words, "--show"]) == 0
+
+
+def test_a_missing_base_is_an_error(transfer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert transfer.main(["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
+    assert "no model here" in capsys.readouterr().err
