@@ -142,7 +142,7 @@ class Task:
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.config.classes) or AMINO_ACIDS
+        return list(self.config.classes or AMINO_ACIDS)
 
     @property
     def per_atom(self) -> bool:
