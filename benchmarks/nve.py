@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from ase import units
 from ase.build import molecule
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
@@ -34,7 +34,7 @@ def main() -> int:
     atoms = molecule(args.molecule)
     atoms.calc = MoietyCalculator(args.model, args.adapter)
     BFGS(atoms, logfile=None).run(fmax=0.02, steps=200)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=600, rng=np.random.default_rng(0))  # half goes to the potential
+    thermalize_momenta(atoms, temperature_K=600, rng=np.random.default_rng(0))  # half goes to the potential
     Stationary(atoms)
     ZeroRotation(atoms)
     times, totals, kinetic = [], [], []

@@ -12,7 +12,7 @@ from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
 from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.velocitydistribution import thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from transformers import pipeline
@@ -63,7 +63,7 @@ def test_dynamics_conserve_the_energy(force_field: Path):
     """A random network is a rugged landscape: what drifts here is the derivative, not the chemistry."""
     atoms = ethanol()
     atoms.calc = MoietyCalculator(force_field, dtype=torch.float64)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=300, rng=np.random.default_rng(0))
+    thermalize_momenta(atoms, temperature_K=300, rng=np.random.default_rng(0))
     totals, kinetic = [], []
     dynamics = VelocityVerlet(atoms, 0.1 * units.fs)
     dynamics.attach(lambda: totals.append(atoms.get_total_energy()))

@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.utils import logging
 
 from moiety.errors import InputError
 from moiety.models.modeling_moiety import MoietyForPrediction
@@ -36,6 +38,22 @@ class AdapterSettings:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the report that transformers gives of heads which are to be filled, and a warning that peft provokes."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def trunk_linears(model: nn.Module) -> list[str]:
@@ -78,8 +96,7 @@ def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str
             use_dora=kind == "dora",
             **where,
         )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # peft asks
+    with quietly():
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer) and DIRECTIONAL.search(name):
@@ -153,7 +170,8 @@ def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPredicti
         InputError: no exported model there.
     """
     require_export(model_dir)
-    return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
+    with quietly():
+        return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
 
 
 def load_adapted(model_dir: str | Path, adapters: str | Path | Mapping[str, str | Path]) -> tuple[PeftModel, Any]:
@@ -188,7 +206,8 @@ def load_adapted(model_dir: str | Path, adapters: str | Path | Mapping[str, str 
                 raise InputError(f"{directory}: its task {name!r} hides residues from the trunk; load it alone")
     base = load_base(model_dir, tasks)
     (first, directory), *others = adapters.items()
-    adapted = PeftModel.from_pretrained(base, str(directory), adapter_name=first)
-    for name, other in others:
-        adapted.load_adapter(str(other), adapter_name=name)
+    with quietly():
+        adapted = PeftModel.from_pretrained(base, str(directory), adapter_name=first)
+        for name, other in others:
+            adapted.load_adapter(str(other), adapter_name=name)
     return adapted.eval(), AutoProcessor.from_pretrained(str(model_dir))

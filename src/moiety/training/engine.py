@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import socket
 import sys
 import time
 import warnings
@@ -62,9 +61,9 @@ def start_distributed() -> tuple[int, int]:
     # On a CPU, DeepSpeed would compile this collective at every first start (most of a minute; a killed build leaves a
     # lock on which later starts hang without a word). gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -73,6 +72,9 @@ def start_distributed() -> tuple[int, int]:
         torch.set_num_threads(
             max(1, len(os.sched_getaffinity(0)) // on_this_machine)
         )  # else every rank takes all cores
+    if alone:  # without a port, which another process might take in the moment between its choice and its use
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     # DeepSpeed calls these thousands of times
     warnings.filterwarnings("ignore", message=".*_tensor. is deprecated", category=FutureWarning)
@@ -273,12 +275,6 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for mean, master in zip(self.means, master_weights(self._engine), strict=True):
             mean.lerp_(master, 1 - decay)
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def cure_stale_locks(cache: Path) -> None:
