@@ -19,8 +19,12 @@ from ase.build import molecule
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
+from rich.console import Console
+from rich.progress import track
 
 from moiety.inference import MoietyCalculator
+
+CHUNK = 100  # steps between two updates of the bar
 
 
 def main() -> int:
@@ -47,8 +51,9 @@ def main() -> int:
 
     dynamics.attach(note, interval=4)
     started = time.perf_counter()
-    steps = round(1000 * args.ps / args.step)
-    dynamics.run(steps)
+    steps = CHUNK * max(1, round(1000 * args.ps / args.step / CHUNK))
+    for _ in track(range(steps // CHUNK), "NVE", console=Console(stderr=True)):
+        dynamics.run(CHUNK)
     slope, middle = np.polyfit(times, totals, 1)
     print(
         json.dumps(
