@@ -268,7 +268,8 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     facts: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
     if validation:
         facts |= {"best_step": validation.best_step, "validation": validation.best_score}
-    if config.method not in ("scratch", "head"):
+    hidden = any(task.kind == "residues" for task in data.tasks)  # the trunk sees other inputs than the base did
+    if config.method not in ("scratch", "head") and not hidden:
         facts["forgetting"] = forgotten = measure_forgetting(config, data, trained)
         for domain, by_objective in forgotten.items():
             changes = ", ".join(f"{name} {e['base']:.3f} -> {e['now']:.3f}" for name, e in by_objective.items())
@@ -279,7 +280,9 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
 def load_trained(config: FinetuneConfig, heads: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     """The network with what a checkpoint holds."""
     model = build_model(config, heads)
-    model.load_state_dict(own_weights(weights) if config.replay else weights, strict=False)
+    found = model.load_state_dict(own_weights(weights) if config.replay else weights, strict=False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not found.unexpected_keys and not trained & set(found.missing_keys), "frozen ones alone are not kept"
     return model
 
 
@@ -319,7 +322,8 @@ def told(data: LabelledData) -> Iterator[str]:
         yield line
         for theory, elements in (task.references.of_theory if task.references else {}).items():
             values = "  ".join(f"{symbol} {energy:.4f}" for symbol, energy in elements.items())
-            yield f"reference energies, eV, least squares over {theory or 'an unnamed level of theory'}: {values}"
+            level = theory or "an unnamed level of theory"
+            yield f"references of the elements, {task.config.label_unit}, least squares over {level}: {values}"
 
 
 @torch.no_grad()
