@@ -43,7 +43,7 @@ ARMS = {  # learning rates that are tried
 }  # fmt: skip
 PILOT = 1000  # labels
 MANY = 3000  # and more labels have MOST steps
-STEPS = {100: 300, 1000: 1000}
+STEPS = {100: 300, 1000: 600}
 MOST = 3000
 NUM_VAL = 500
 

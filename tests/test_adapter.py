@@ -172,6 +172,21 @@ def test_every_linear_map_of_the_trunk_is_adapted_and_dropout_spares_directions(
         assert not (isinstance(weight.bias, nn.Parameter) and DIRECTIONAL.search(name))
 
 
+def test_a_recipe_chooses_what_is_adapted(export: Path, batch: Batch, tmp_path: Path) -> None:
+    base = load_base(export, TASKS)
+    wanted = {name for name in trunk_linears(base) if "local_attention" in name}
+    adapted = randomized(add_adapter(base, AdapterSettings(targets="local_attention")))
+    layers = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    assert layers == wanted
+    save_adapter(adapted, tmp_path / "adapter", export, TASKS)
+    again, _ = load_adapted(export, tmp_path / "adapter")
+    assert torch.allclose(dipole(again, batch), dipole(adapted, batch), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match=r"no linear map .* moiety.blocks.0.local_attention"):
+        add_adapter(load_base(export, TASKS), AdapterSettings(targets="wings"))
+    with pytest.raises(InputError, match="no regular expression"):
+        AdapterSettings(targets="(")
+
+
 @pytest.mark.parametrize(("size", "rank", "limit"), [("tiny", 8, 0.20), ("small", 4, 0.05)])
 def test_the_trainable_share_stays_small(size: str, rank: int, limit: float) -> None:
     config = load_config(PretrainConfig, ROOT / f"pretrain/configs/{size}.yaml").model_config()

@@ -33,11 +33,23 @@ DIRECTIONAL = re.compile(r"\.(degrees|out)\.[12]$|\.vectors$")  # linear maps of
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Rank of the update, its scale alpha / rank (rslora: alpha / sqrt(rank)), dropout (at l = 0); ia3 has none."""
+    """Rank of the update, its scale alpha / rank (rslora: alpha / sqrt(rank)), dropout (at l = 0); ia3 has none.
+
+    `targets` is a regular expression somewhere in the names of the trunk's linear maps; default: all of them.
+    """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    targets: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise InputError(f"adapter: rank {self.rank}, dropout {self.dropout}; at least 1, and a share below 1")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise InputError(f"adapter.targets {self.targets!r} is no regular expression: {error}") from error
 
 
 @contextmanager
@@ -67,7 +79,7 @@ def head_modules(model: MoietyForPrediction) -> list[str]:
 
 
 def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str = "lora") -> PeftModel:
-    """Freezes the trunk, adapts all its linear maps, and leaves the task heads to be trained whole.
+    """Freezes the trunk, adapts its linear maps, and leaves the task heads to be trained whole.
 
     Args:
         model: the pretrained trunk with fresh heads.
@@ -76,12 +88,19 @@ def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str
             2402.09353), ia3 (Liu et al., arXiv 2205.05638).
 
     Raises:
-        InputError: dora on a trunk that was never trained, which has weights of zero: it divides by their norms.
+        InputError: targets that no linear map has; dora on a trunk that was never trained, which has weights of zero:
+            it divides by their norms.
     """
-    if kind == "dora" and (still := [name for name in trunk_linears(model) if _has_zero_rows(model, name)]):
+    targets = [name for name in trunk_linears(model) if re.search(settings.targets, name)]
+    if not targets:
+        raise InputError(
+            f"adapter.targets {settings.targets!r}: no linear map of the trunk has such a name; those of a block are "
+            f"{', '.join(name for name in trunk_linears(model) if name.startswith('moiety.blocks.0.'))}"
+        )
+    if kind == "dora" and (still := [name for name in targets if _has_zero_rows(model, name)]):
         raise InputError(f"method=dora: weights of {still[0]} are zero, the trunk was never trained; use lora")
     where: dict[str, Any] = {
-        "target_modules": trunk_linears(model),
+        "target_modules": targets,
         "exclude_modules": r"heads\..*",  # peft shortens the names above, as far as this model's own heads allow
         "modules_to_save": head_modules(model),
     }
