@@ -29,7 +29,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_torch_sim_takes_the_model_for_one_of_its_own(export: Path):
-    from torch_sim.models.interface import validate_model_outputs
+    from torch_sim.models.interface import validate_model_outputs  # pyright: ignore[reportMissingImports]
 
     from moiety.inference.torch_sim import TorchSimModel
 

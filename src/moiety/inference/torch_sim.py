@@ -62,32 +62,32 @@ class TorchSimModel(ModelInterface):
         Raises:
             InputError: an element whose energy the model does not know; it is named.
         """
-        state = SimState(**state) if isinstance(state, dict) else state
-        numbers, cell = state.atomic_numbers, state.row_vector_cell
-        structure = Structure(numbers.cpu().numpy(), state.positions.detach().cpu().numpy(), id="state")
+        system: Any = SimState(**state) if isinstance(state, dict) else state
+        numbers, cell = system.atomic_numbers, system.row_vector_cell
+        structure = Structure(numbers.cpu().numpy(), system.positions.detach().cpu().numpy(), id="state")
         if self.references and (missing := unknown_elements(structure, self.references)):
             raise InputError(
                 f"no reference energy of {', '.join(missing)}; fine-tune on labels that have these elements"
             )
-        pbc = torch.full((state.n_systems, 3), bool(state.pbc))
+        pbc = torch.full((system.n_systems, 3), bool(system.pbc))
         edge_index, edge_shift = neighbor_list(
             structure.positions,
             structure.node_type,
-            state.system_idx.cpu().numpy(),
-            cell.detach().double().cpu().numpy() if state.pbc else np.zeros((state.n_systems, 3, 3)),
+            system.system_idx.cpu().numpy(),
+            cell.detach().double().cpu().numpy() if system.pbc else np.zeros((system.n_systems, 3, 3)),
             pbc.numpy(),
             self.model.config.cutoff,
         )
-        domain = DOMAIN_ID["crystal" if state.pbc else "molecule"]
+        domain = DOMAIN_ID["crystal" if system.pbc else "molecule"]
         output = self.model(
             node_type=numbers.long(),
-            positions=state.positions,
-            graph_index=state.system_idx,
+            positions=system.positions,
+            graph_index=system.system_idx,
             edge_index=torch.from_numpy(edge_index).to(self._device),
             edge_shift=torch.from_numpy(edge_shift).to(self._device, self._dtype),
             cell=cell,
             pbc=pbc.to(self._device),
-            domain=torch.full((state.n_systems,), domain, device=self._device),
+            domain=torch.full((system.n_systems,), domain, device=self._device),
         ).predictions
         return {
             "energy": output[self.energy].to(self._dtype),
