@@ -162,6 +162,17 @@ def test_levels_of_theory_are_brought_to_one():
     assert task.label.values(train).dtype == torch.float64
 
 
+def test_a_sum_that_is_no_total_energy_is_the_same_at_every_level_of_theory():
+    train = alcohols()
+    for s in train:
+        s.scalars["interaction_energy"] = -0.01 * s.num_nodes + 0.001 * (s.num_nodes % 4)
+    task = task_of(train, label="interaction_energy", kind="sum", unit="eV")
+    other = alcohols("CCSD(T)")[:1]
+    other[0].scalars["interaction_energy"] = -0.2
+    assert task.labels(other) == pytest.approx([-0.2])
+    assert np.isfinite(baselines(task, train, other)["linear in composition"]).all()
+
+
 def test_an_element_without_reference_is_named():
     task = task_of(alcohols(), label="energy", kind="energy", unit="eV")
     with pytest.raises(InputError, match="no reference energy of Xe"):

@@ -322,8 +322,8 @@ def told(data: LabelledData) -> Iterator[str]:
         yield line
         for theory, elements in (task.references.of_theory if task.references else {}).items():
             values = "  ".join(f"{symbol} {energy:.4f}" for symbol, energy in elements.items())
-            level = theory or "an unnamed level of theory"
-            yield f"references of the elements, {task.config.label_unit}, least squares over {level}: {values}"
+            level = f" at the level {theory}" if theory else ""
+            yield f"references of the elements, {task.config.label_unit}, by least squares{level}: {values}"
 
 
 @torch.no_grad()

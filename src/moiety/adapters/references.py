@@ -29,16 +29,19 @@ class References:
     main: str
 
     @classmethod
-    def fit(cls, structures: Sequence[Structure], energies: Array) -> References:
+    def fit(cls, structures: Sequence[Structure], energies: Array, by_theory: bool = True) -> References:
         """Least squares on total energies [n] in eV.
+
+        Without `by_theory` all structures are of one level, "": other sums have no zero that a method chooses.
 
         Raises:
             InputError: nodes that are no elements, for example residues.
         """
-        theories = Counter(s.theory for s in structures)
+        level = [s.theory if by_theory else "" for s in structures]
+        theories = Counter(level)
         of_theory = {}
         for theory in sorted(theories):
-            chosen = [index for index, s in enumerate(structures) if s.theory == theory]
+            chosen = [index for index, found in enumerate(level) if found == theory]
             counts = _counts([structures[index] for index in chosen])
             there = np.flatnonzero(counts.any(axis=0))
             solution = _least_squares(counts[:, there], energies[chosen])

@@ -110,7 +110,8 @@ class Task:
         labelled = [s for s in train if bare.label.of(s) is not None]
         if config.kind in TaskHead.EXTENSIVE and labelled:
             energies = np.array([bare.label.of(s) for s in labelled], dtype=np.float64)
-            bare = dataclasses.replace(bare, references=References.fit(labelled, energies))
+            references = References.fit(labelled, energies, by_theory=config.kind == "energy")
+            bare = dataclasses.replace(bare, references=references)
         values = bare.labels(labelled)
         values = values[known(values)]
         if not len(values):
@@ -151,7 +152,8 @@ class Task:
     @cached_property
     def label(self) -> Label:
         per_node, shape = KINDS[self.kind]
-        return Label(self.name, shape, per_node, self.references.aligned if self.references else None)
+        align = self.references.aligned if self.references and self.kind == "energy" else None
+        return Label(self.name, shape, per_node, align)
 
     def labels(self, structures: Sequence[Structure]) -> Array:
         """[items, ...] float64 in the task's unit, NaN where one is not known."""
