@@ -15,7 +15,7 @@ from ase.io import write
 
 from moiety.adapters.baselines import baselines
 from moiety.adapters.finetune import FinetuneConfig, LabelledData
-from moiety.adapters.tasks import KINDS, Task, TaskConfig, require_one_energy
+from moiety.adapters.tasks import KINDS, Task, TaskConfig, require_consistent
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.errors import InputError
@@ -252,7 +252,7 @@ def test_labels_that_are_all_the_same_are_refused():
 )
 def test_tasks_that_do_not_fit_are_refused(tasks: list[dict], says: str):
     with pytest.raises(InputError, match=says):
-        require_one_energy([TaskConfig(**task) for task in tasks])
+        require_consistent([TaskConfig(**task) for task in tasks])
 
 
 def test_labels_that_are_not_there_are_named_beside_those_that_are():

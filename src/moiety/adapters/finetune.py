@@ -33,7 +33,7 @@ from moiety.adapters.replay import (
     held_out,
     own_weights,
 )
-from moiety.adapters.tasks import Task, TaskConfig, known, require_one_energy
+from moiety.adapters.tasks import Task, TaskConfig, require_consistent
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
 from moiety.errors import InputError
@@ -96,7 +96,7 @@ class FinetuneConfig:
     replay: ReplayConfig | None = None
 
     def __post_init__(self) -> None:
-        require_one_energy(self.tasks)
+        require_consistent(self.tasks)
         if self.replay and self.method == "scratch":
             raise InputError("replay with method=scratch: there is nothing to forget; leave one of them out")
         if self.replay and any(task.kind == "residues" for task in self.tasks):
@@ -138,7 +138,8 @@ class LabelledData:
         fitted = tuple(Task.fit(task.in_units_of(units, config.corpus), structures) for task in tasks)
         missing: set[str] = set()
         for references in (task.references for task in fitted if task.references):
-            test, missing = _with_references(test, references.elements)
+            test, strange = _with_references(test, references.elements)
+            missing |= strange
             val = _with_references(val, references.elements)[0] if val else None
         return cls(train, test, fitted, val, tuple(sorted(missing)))
 
@@ -308,14 +309,12 @@ def validation_score(config: FinetuneConfig, data: LabelledData, weights: dict[s
 
 def told(data: LabelledData) -> Iterator[str]:
     """What the training labels say: how many, mean and spread, reference energies."""
-    structures = data.train.read(range(len(data.train)), whole=True)
     if data.without_reference:
         elements = ", ".join(data.without_reference)
         yield f"{len(data.test):,} test structures: those with {elements}, which no training label has, are left out"
     yield f"tested on {len(data.test):,} of {data.test.corpus.path}"
     for task in data.tasks:
-        count = int(known(task.labels(structures)).sum())
-        line = f"{task.name}: {count:,} training labels"
+        line = f"{task.name}: {task.num_labels:,} training labels"
         if not task.classifies:
             line += f", spread {task.std:.4g} {task.config.unit}"
             line += " about the reference energies" if task.references else f" about {task.mean:.4g}"

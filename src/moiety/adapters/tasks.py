@@ -73,7 +73,7 @@ class TaskConfig:
         return self if self.unit else dataclasses.replace(self, unit=stored)
 
 
-def require_one_energy(tasks: Sequence[TaskConfig]) -> None:
+def require_consistent(tasks: Sequence[TaskConfig]) -> None:
     """InputError where tasks do not go together: names that come twice, forces without an energy."""
     if not tasks:
         raise InputError("tasks is empty; name at least one: [{label: dipole, kind: dipole_norm}]")
@@ -98,6 +98,7 @@ class Task:
     std: float = 1.0
     node_std: float = 1.0  # of sums over nodes: spread of the part of a node
     references: References | None = field(default=None, repr=False)
+    num_labels: int = 0  # known ones, of structures or of nodes
 
     @classmethod
     def fit(cls, config: TaskConfig, train: Sequence[Structure]) -> Task:
@@ -116,6 +117,7 @@ class Task:
         values = values[known(values)]
         if not len(values):
             raise InputError(f"tasks: {config.label}: no training structure has this label")
+        bare = dataclasses.replace(bare, num_labels=len(values))
         if bare.classifies:
             return bare
         mean, centred = bare.centred(values, labelled)

@@ -164,11 +164,11 @@ class GFN2xTBResponse:
 
     def _dipole(self, structure: Structure, field: Array) -> Array:
         """[3] e·bohr in a field [3] hartree/(e bohr), converged a hundred times more tightly than energies need it."""
-        from tblite.library import ffi  # pyright: ignore[reportMissingImports]
+        from tblite import library  # pyright: ignore[reportMissingImports]
 
         calculator = _xtb(structure)
         calculator.set("accuracy", 0.01)
-        calculator.add("electric-field", ffi.new("double[3]", field.tolist()))  # it hands on what it gets, to C
+        calculator.add("electric-field", library.ffi.new("double[3]", field.tolist()))  # it hands on what it gets, to C
         return calculator.singlepoint().get("dipole")
 
 

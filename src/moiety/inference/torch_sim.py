@@ -12,7 +12,6 @@ from torch import Tensor
 from torch_sim.models.interface import ModelInterface  # pyright: ignore[reportMissingImports]
 from torch_sim.state import SimState  # pyright: ignore[reportMissingImports]
 
-from moiety.adapters.references import unknown_elements
 from moiety.data.structure import Structure
 from moiety.errors import InputError
 from moiety.inference.predict import load_predictor
@@ -51,7 +50,7 @@ class TorchSimModel(ModelInterface):
                 f"{adapter or model_dir}: predicts {', '.join(predictor.tasks)}, no energy; fine-tune to one"
             )
         self.energy = energies[0]
-        self.references: dict[str, float] = predictor.tasks[self.energy].get("references") or {}
+        self.predictor = predictor
         self._device, self._dtype = torch.device(device), dtype
         self._compute_stress = self._compute_forces = True
         self.model = predictor.model.to(device=self._device, dtype=dtype)
@@ -65,7 +64,7 @@ class TorchSimModel(ModelInterface):
         system: Any = SimState(**state) if isinstance(state, dict) else state
         numbers, cell = system.atomic_numbers, system.row_vector_cell
         structure = Structure(numbers.cpu().numpy(), system.positions.detach().cpu().numpy(), id="state")
-        if self.references and (missing := unknown_elements(structure, self.references)):
+        if missing := self.predictor.missing(structure):
             raise InputError(
                 f"no reference energy of {', '.join(missing)}; fine-tune on labels that have these elements"
             )
