@@ -168,6 +168,16 @@ def test_a_configuration_trains_two_steps(tmp_path: Path, name: str):
     assert [r["step"] for r in records] == [1, 2] and records[-1]["skipped_steps"] == 0
 
 
+@pytest.mark.parametrize("name", ["self_conditioned", "blocks", "dens"])
+def test_every_displacement_trains(tmp_path: Path, name: str):
+    """Two ranks whose micro-batches come from different domains, with and without forces, are as one."""
+    with_forces = f"data.sources=[{SAMPLES}, {{path: {ROOT}/tests/data/corpora/forces}}]"
+    options = [*SHORT, with_forces, f"objectives={{types: {{}}, cell: {{}}, {name}: {{}}}}", "steps=3"]
+    records = train(tmp_path / "two", *options, "ds=zero3", ranks=2)
+    assert name in records[-1]["losses"]["molecule"] and records[-1]["skipped_steps"] == 0
+    assert largest_difference(records, train(tmp_path / "one", *options)) < 1e-5
+
+
 @pytest.mark.slow
 def test_two_compiled_ranks_train_as_plain_ones(tmp_path: Path):
     options = [*SMALL, f"data.sources=[{SAMPLES.split(', ')[0]}]", *SHAPE, "global_every=0", "steps=3", "ds=zero2"]

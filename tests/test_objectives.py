@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,9 @@ from moiety.data.structure import Structure
 from moiety.errors import InputError
 from moiety.models.vocabulary_moiety import MASK, RESIDUE_MASK
 from moiety.objectives import Objective, build_objectives
+from moiety.objectives.base import remove_mean
+from moiety.objectives.blocks import blocks_of
+from moiety.objectives.dens import FORCES
 from moiety.objectives.regression import Classification, Regression
 from moiety.tokens.batch import Batch, collate
 from moiety.tokens.labels import Label
@@ -197,3 +201,99 @@ def test_an_unknown_objective_or_option_is_named() -> None:
         build_objectives({"colour": {}})
     with pytest.raises(InputError, match="sigma_mux"):
         build_objectives({"coordinates": {"sigma_mux": 1.0}})
+
+
+def blocks(structure: Structure, residues: float = 6.0) -> list[int]:
+    return blocks_of(collate([structure]), residues, rng()).tolist()
+
+
+def test_blocks_are_cut_at_the_bonds_that_turn() -> None:
+    assert sorted(Counter(blocks(conformer("c1ccccc1-c1ccccc1"))).values()) == [11, 11]
+    ethanol = conformer("CCO")  # CH3, CH2, OH
+    assert sorted(Counter(blocks(ethanol)).values()) == [2, 3, 4]
+    assert len(set(blocks(conformer("c1ccccc1")))) == 1
+    crystal = Corpus.open(CORPORA / "crystals", split="train").read([0])[0]
+    assert len(set(blocks(crystal))) == crystal.num_nodes
+
+
+def test_stretches_of_residues_follow_the_chain() -> None:
+    chain = Corpus.open(CORPORA / "proteins", split="train").read([0])[0]
+    found = blocks(chain)
+    assert found == sorted(found) and 3 < chain.num_nodes / len(set(found)) < 12
+
+
+def conformer(smiles: str) -> Structure:
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    AllChem.EmbedMolecule(molecule, randomSeed=1)
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    return Structure(np.array(numbers), molecule.GetConformer().GetPositions())
+
+
+def test_blocks_keep_their_shape_and_the_noise_is_their_motion() -> None:
+    clean = batch_of("qm9", "ccd", "proteins", "crystals").map(double)
+    task = objective("blocks", sigma_min=1e-4, sigma_max=1e-4)
+    noisy = task.corrupt(clean, rng())
+    moved = (noisy.positions - clean.positions) / 1e-4
+    noise = noisy.node_targets["noise"]
+    assert float((moved - noise).abs().max()) < 1e-2  # to first order
+    block = torch.from_numpy(blocks_of(clean, 6.0, rng()))
+    together = (block[:, None] == block[None, :]).nonzero().T
+    before, after = ((b.positions[together[0]] - b.positions[together[1]]).norm(dim=1) for b in (clean, noisy))
+    assert torch.allclose(before, after, atol=1e-9)
+    lengths = [b.node_vectors.norm(dim=-1) for b in (clean, noisy)]
+    assert torch.allclose(*lengths, atol=1e-9) and not torch.equal(clean.node_vectors, noisy.node_vectors)
+    scored = task.scored(noisy).bool()
+    assert 0 < int(scored.sum()) < clean.num_structures or scored.all()
+    assert mean_loss(task, SimpleNamespace(noise=noise), noisy) == 0
+    assert mean_loss(task, SimpleNamespace(noise=torch.zeros_like(noise)), noisy) == pytest.approx(1, abs=1e-6)
+
+
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def test_blocks_do_not_move_or_turn_the_whole() -> None:
+    clean = batch_of("ccd").map(double)
+    noise = objective("blocks").corrupt(clean, rng()).node_targets["noise"]
+    arm = remove_mean(clean.positions, clean)
+    for values in (noise, torch.linalg.cross(arm, noise)):
+        total = torch.zeros(clean.num_structures, 3).double().index_add(0, clean.graph_index, values)
+        assert total.abs().max() < 1e-6
+
+
+def test_a_hint_is_a_nearly_clean_copy() -> None:
+    clean = batch_of("qm9", count=40)
+    noisy = objective("self_conditioned", hide_hint=0.25).corrupt(clean, rng())
+    assert noisy.hint_positions is not None
+    hidden = noisy.hint_positions.isnan().any(-1)
+    assert 0.05 < float(hidden.float().mean()) < 0.5
+    assert float((noisy.hint_positions - clean.positions)[~hidden].std()) < 0.01
+    assert torch.equal(objective("coordinates").corrupt(clean, rng()).positions, noisy.positions)
+
+
+def test_forces_go_in_where_the_noise_is_asked_and_are_asked_elsewhere() -> None:
+    forces = np.random.default_rng(0).normal(size=(6, 3))
+    labelled = [Structure(np.full(6, 6), 3 * np.eye(6, 3), forces=forces) for _ in range(400)]
+    clean = collate([*labelled, Structure(np.full(6, 6), 3 * np.eye(6, 3))], labels=(FORCES,))
+    task = objective("dens", force_unit=2.0)
+    noisy = task.corrupt(clean, rng())
+    moved = (noisy.positions != clean.positions).any(-1)
+    labelled_nodes = clean.graph_index < 400
+    assert float(moved[labelled_nodes].float().mean()) == pytest.approx(0.25, abs=0.04)
+    assert moved[~labelled_nodes].all()
+    half = torch.from_numpy(forces / 2).float().repeat(400, 1)
+    of_moved, asked = moved[labelled_nodes], noisy.node_targets["noise"][labelled_nodes]
+    told = noisy.node_vectors[labelled_nodes, 0]
+    assert torch.allclose(told[of_moved], half[of_moved]) and not told[~of_moved].any()
+    assert torch.allclose(asked[~of_moved], half[~of_moved])
+    assert float(asked[of_moved].std()) == pytest.approx(1, abs=0.1)
+    assert mean_loss(task, SimpleNamespace(noise=noisy.node_targets["noise"]), noisy) == 0
+    assert task.scored(noisy).tolist() == [1] * 401
+
+
+def test_a_recipe_displaces_once() -> None:
+    with pytest.raises(InputError, match="coordinates and blocks"):
+        build_objectives({"coordinates": {}, "types": {}, "blocks": {}})

@@ -80,7 +80,7 @@ def outputs(models: list[nn.Module], structures: list[Structure], dtype: torch.d
     inputs["noise_level"] = torch.full((len(structures),), 0.07, dtype=dtype)
     pretraining, prediction = models
     with torch.no_grad():
-        a, b = pretraining(**inputs), prediction(**inputs)
+        a, b = pretraining(**inputs, hint_positions=inputs["positions"]), prediction(**inputs)
     flat = {"noise": a.noise, "type_logits": a.type_logits, "strain": a.strain, "features": b.node_features}
     return flat | {"graph": b.graph_features} | b.predictions
 

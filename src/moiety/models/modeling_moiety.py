@@ -98,17 +98,20 @@ class InputEmbedding(nn.Module):
         self.to_node = nn.Linear(channels, channels)
         self.vectors = nn.Linear(4, channels, bias=False)
 
-    def forward(self, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], dtype: torch.dtype, hint_BC: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         charge_spin = torch.stack([inputs["charge"].clamp(-10, 10), (inputs["spin"] - 1).clamp(0, 10)], dim=-1)
         level = inputs["noise_level"]
         told = ~level.isnan()
         log_level = torch.where(told, level, NOISE_UNIT).clamp(min=1e-4).div(NOISE_UNIT).log()
         level_features = torch.stack([told.to(dtype), log_level, log_level.square()], dim=-1).to(dtype)
-        condition_BC = self.condition(
+        given_BC = (
             self.domain(inputs["domain"])
             + self.charge_spin(charge_spin.to(dtype) / 2)
             + self.noise_level(level_features)
         )
+        condition_BC = self.condition(given_BC if hint_BC is None else given_BC + hint_BC)
         scalars = self.node_type(inputs["node_type"]) + self.role(inputs["role"])
         scalars = scalars + self.to_node(condition_BC)[inputs["graph_index"]]
         vectors = self.vectors(inputs["node_vectors"].permute(2, 0, 1))
@@ -147,6 +150,7 @@ class MoietyModel(MoietyPreTrainedModel):
         role: Tensor | None = None,
         node_vectors: Tensor | None = None,
         noise_level: Tensor | None = None,
+        hint: Tensor | None = None,
         layout: Layout | None = None,
         **kwargs: Any,
     ) -> MoietyOutput:
@@ -166,6 +170,7 @@ class MoietyModel(MoietyPreTrainedModel):
             role: [N] index into ROLES; default unspecified.
             node_vectors: [N,4,3] Å, residue offsets N, C, O, CB; default zero.
             noise_level: [B] Å, NaN where it is not told; default not told.
+            hint: [B,C] what is known of the structure (see arXiv 2603.17196); default nothing.
             layout: of edge_index and graph_index, where it is known already.
         """
         num_graphs = next((t.shape[0] for t in (domain, charge, spin, pbc, cell) if t is not None), None)
@@ -194,7 +199,7 @@ class MoietyModel(MoietyPreTrainedModel):
         neighbors = Neighbors.build(layout, vector_E3, x_E, config.num_radial, config.lmax)
         places = StructurePlaces(centred, is_open[graph_index], layout.groups)
         with full_precision(positions):
-            x, condition = self.embedding(inputs, positions.dtype)
+            x, condition = self.embedding(inputs, positions.dtype, hint)
         for block in self.blocks:
             again = self.gradient_checkpointing and self.training
             run = partial(self._gradient_checkpointing_func, block) if again else block
@@ -216,8 +221,15 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         self.strain_head = StrainHead(config)
         self.post_init()
 
-    def forward(self, noise_target: Tensor | None = None, **inputs: Any) -> MoietyPreTrainingOutput:
-        """Takes the inputs of `MoietyModel`; with `noise_target` [N,3] (unit variance) it has a loss."""
+    def forward(
+        self, noise_target: Tensor | None = None, hint_positions: Tensor | None = None, **inputs: Any
+    ) -> MoietyPreTrainingOutput:
+        """Takes the inputs of `MoietyModel`; with `noise_target` [N,3] (unit variance) it has a loss.
+
+        With `hint_positions` [N,3] Å of a nearly clean copy, its pooled features are the hint of the trunk.
+        """
+        if hint_positions is not None:
+            inputs["hint"] = self._hint(hint_positions, **inputs)
         trunk = self.moiety(**inputs)
         features, graph_index = trunk.node_features, trunk.graph_index
         with full_precision(features):
@@ -231,6 +243,15 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
             strain=strain,
             graph_features=trunk.graph_features,
         )
+
+    @torch.no_grad()
+    def _hint(self, hint_positions: Tensor, positions: Tensor, graph_index: Tensor, **inputs: Any) -> Tensor:
+        """[B,C], zero where a structure has none; the copy has the neighbours of the structure itself."""
+        shown_N1 = ~hint_positions.isnan().any(-1, keepdim=True)
+        copy_N3 = torch.where(shown_N1, hint_positions, positions)
+        seen = self.moiety(positions=copy_N3, graph_index=graph_index, **(inputs | {"noise_level": None}))
+        features = seen.graph_features
+        return features * mean_per_graph(shown_N1.to(features.dtype), graph_index, features.shape[0])
 
 
 class MoietyForPrediction(MoietyPreTrainedModel):

@@ -18,6 +18,7 @@ class Objective(ABC):
     name: str
     weight: float
     labels: tuple[Label, ...] = ()  # of the structures, that a batch must have as targets
+    displaces: bool = False  # sets the noise level and asks the vector head: a recipe has one of these
 
     def __init__(self, config: Any) -> None:
         """`config` is the objective's own dataclass; every one has a weight."""

@@ -34,6 +34,7 @@ class CoordinateDenoising(Objective):
 
     name = "coordinates"
     config: CoordinateDenoisingConfig
+    displaces = True
 
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         config = self.config

@@ -35,6 +35,7 @@ class Batch:
     edge_index: Tensor | None = None  # [2, E] source j, destination i, sorted by i
     edge_shift: Tensor | None = None  # [E, 3] Å
     noise_level: Tensor | None = None  # [B] Å, NaN = not told
+    hint_positions: Tensor | None = None  # [N, 3] Å, of a nearly clean copy; NaN where it is not shown
     targets: dict[str, Tensor] = field(default_factory=dict)  # [B, ...]
     node_targets: dict[str, Tensor] = field(default_factory=dict)  # [N, ...]
     ids: list[str] = field(default_factory=list)
