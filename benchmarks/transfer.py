@@ -26,14 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fingerprints import NAME as FINGERPRINT
+from fingerprints import boosted
 from peers.crew import ROOT, machine
 from peers.tables import Sheet, around_marks, fill
 from rich.console import Console
 from rich.progress import track
 
 from moiety.adapters.adapter import base_fingerprint
-from moiety.adapters.finetune import METHODS
+from moiety.adapters.finetune import METHODS, FinetuneConfig, LabelledData
 from moiety.errors import InputError
+from moiety.training.config import load_config
 
 PAGE = ROOT / "docs/transfer.md"
 RESULTS = ROOT / "benchmarks/results/transfer.json"
@@ -56,13 +59,14 @@ class Task:
     target: str
     counts: tuple[int, ...]
     changes: tuple[str, ...] = ()
+    smiles: bool = False  # its structures have them
 
 
 QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
 TASKS = {
-    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9),
-    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9),
-    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9),
+    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True),
+    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True),
+    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True),
     "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",)),
     "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",)),
     "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
@@ -86,6 +90,11 @@ class Job:
     def name(self) -> str:
         return f"{self.task}-{self.arm}-{self.count}-{self.seed}-{self.rate:g}"
 
+    @property
+    def draw(self) -> str:
+        """Where the same labels' gradient boosting stands."""
+        return f"{self.task}-fingerprint-{self.count}-{self.seed}.json"
+
     def words(self, model: str) -> list[str]:
         """Arguments of finetune/lora.py."""
         task = TASKS[self.task]
@@ -103,24 +112,32 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out / base_fingerprint(args.model)  # results of one base
         if not (args.model / "config.json").is_file():
             raise InputError(f"{args.model}: no model here; pretrain one, or give --model")
-        rates = pilot(args.tasks, args.arms, args.model, out / "pilot") if not args.show else read_rates()
-        jobs = [
-            Job(task, arm, count, seed, rates[task][arm])
-            for count in args.counts for seed in args.seeds for task in args.tasks for arm in args.arms
-            if count in TASKS[task].counts and arm in rates.get(task, {})
-        ]  # fmt: skip
+        if not args.show:
+            pilot(args.tasks, args.arms, args.model, out / "pilot")
         if not (args.show or args.pilot):
+            jobs = jobs_of(args.tasks, args.counts, args.arms, args.seeds)
             run(jobs, args.model, out)
+            boost(jobs, args.model, out)
     except InputError as error:
         print(f"transfer.py: {error}", file=sys.stderr)
         return 2
-    if not args.pilot:
-        found = collect(jobs, out)
-        sheets = [sheet(found, task) for task in TASKS if task in found]
+    found = collect(jobs_of(list(TASKS), every_count(), list(ARMS), args.seeds), out)
+    if found:
+        sheets = [sheet(found, task) for task in found]
         for one in sheets:
             one.show(Console())
         write(found, sheets, args.model)
     return 0
+
+
+def jobs_of(tasks: Sequence[str], counts: Sequence[int], arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """At the rates that the pilots found, few labels first; arms without a rate are left out."""
+    rates = read_rates()
+    return [
+        Job(task, arm, count, seed, rates[task][arm])
+        for count in counts for seed in seeds for task in tasks for arm in arms
+        if count in TASKS[task].counts and arm in rates.get(task, {})
+    ]  # fmt: skip
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -137,8 +154,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK)
-    args.counts = args.counts or sorted({count for task in args.tasks for count in TASKS[task].counts})
+    args.counts = args.counts or every_count()
     return args
+
+
+def every_count() -> list[int]:
+    return sorted({count for task in TASKS.values() for count in task.counts})
 
 
 def words(known: Iterable[str]) -> Any:
@@ -169,8 +190,22 @@ def finetune(job: Job, model: Path, out: Path) -> None:
         raise InputError(f"{job.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def pilot(tasks: Sequence[str], arms: Sequence[str], model: Path, out: Path) -> dict[str, dict[str, float]]:
-    """Task -> arm -> the learning rate of the lowest validation score."""
+def boost(jobs: Sequence[Job], model: Path, out: Path) -> None:
+    """Fingerprints and gradient boosting from the same labels, where molecules have SMILES."""
+    first = {job.draw: job for job in jobs if TASKS[job.task].smiles}
+    waiting = [job for name, job in first.items() if not (out / name).exists()]
+    for job in track(waiting, "gradient boosting", console=Console(stderr=True)):
+        _, recipe, *words = job.words(str(model))
+        config = load_config(FinetuneConfig, recipe, words)
+        data = LabelledData.open(config.data, config.tasks)
+        train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
+        task = next(task for task in data.tasks if task.name == TASKS[job.task].target)
+        error = task.error(boosted(task, train, test, job.seed), task.labels(test))
+        (out / job.draw).write_text(json.dumps({FINGERPRINT: error}) + "\n")
+
+
+def pilot(tasks: Sequence[str], arms: Sequence[str], model: Path, out: Path) -> None:
+    """Tries the learning rates, and keeps for each task and arm the one of the lowest validation score."""
     jobs = [Job(task, arm, PILOT, 0, rate, pilot=True) for task in tasks for arm in arms for rate in ARMS[arm]]
     run(jobs, model, out)
     scores: dict[tuple[str, str], dict[float, float]] = {}
@@ -181,7 +216,6 @@ def pilot(tasks: Sequence[str], arms: Sequence[str], model: Path, out: Path) -> 
         rates.setdefault(task, {})[arm] = min(found, key=lambda rate: found[rate])
     SETTINGS.parent.mkdir(exist_ok=True)
     SETTINGS.write_text(json.dumps(rates, indent=1) + "\n")
-    return rates
 
 
 def read_rates() -> dict[str, dict[str, float]]:
@@ -194,47 +228,89 @@ def read(folder: Path, task: str) -> dict[str, Any]:
     return next(entry for entry in entries if entry["target"] == TASKS[task].target)
 
 
-def collect(jobs: Sequence[Job], out: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """Task -> labels -> arm or baseline -> test error of every seed that is finished."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+Errors = dict[str, dict[str, dict[str, dict[int, float]]]]
+
+
+def collect(jobs: Sequence[Job], out: Path) -> Errors:
+    """Task -> labels -> arm or baseline -> seed -> test error, of what is finished."""
+    found: Errors = {}
     for job in jobs:
         if not (out / job.name / "metrics.json").exists():
             continue
         by_name = found.setdefault(job.task, {}).setdefault(f"{job.count}", {})
-        for name, value in read(out / job.name, job.task)["results"].items():
-            values = by_name.setdefault(name, [])
-            if name in METHODS.values() or len(values) <= job.seed:  # every arm reports the same baselines
-                values.append(value)
+        others = json.loads((out / job.draw).read_text()) if (out / job.draw).exists() else {}
+        for name, value in (read(out / job.name, job.task)["results"] | others).items():
+            by_name.setdefault(name, {})[job.seed] = value  # every arm reports the same baselines
     return found
 
 
-def sheet(found: dict[str, dict[str, dict[str, list[float]]]], task: str) -> Sheet:
+def sheet(found: Errors, task: str) -> Sheet:
     """A row a method: mean and standard deviation over the seeds, and the change against scratch."""
     counts = found[task]
     names = list(dict.fromkeys(name for by_name in counts.values() for name in by_name))
     names.sort(key=lambda name: name not in METHODS.values())
-    rows = [[name, *(cell(by_name, name) for by_name in counts.values())] for name in names]
+    scratch = METHODS["scratch"]
+    rows = [
+        [name, *(cell(by_name.get(name, {}), by_name.get(scratch, {})) for by_name in counts.values())]
+        for name in names
+    ]
     title = f"{task}: test error of `{TASKS[task].recipe}`, {TASKS[task].target} (change against scratch)"
     return Sheet(title, ["method", *(f"{int(count):,} labels" for count in counts)], rows)
 
 
-def cell(by_name: dict[str, list[float]], name: str) -> str:
-    values, scratch = by_name.get(name), by_name.get(METHODS["scratch"])
-    if not values:
+def cell(by_seed: dict[int, float], scratch: dict[int, float]) -> str:
+    """Mean ± standard deviation, and the change against scratch over the seeds that both have."""
+    if not by_seed:
         return "–"
+    values = list(by_seed.values())
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.std(values) > 0 else ""
-    change = f" ({np.mean(values) / np.mean(scratch) - 1:+.0%})" if scratch and name != METHODS["scratch"] else ""
-    return f"{np.mean(values):.4g}{spread}{change}"
+    both = sorted(by_seed.keys() & scratch.keys())
+    ratio = np.mean([by_seed[seed] for seed in both]) / np.mean([scratch[seed] for seed in both]) if both else 1.0
+    return f"{np.mean(values):.4g}{spread}" + (f" ({ratio - 1:+.0%})" if both and by_seed is not scratch else "")
 
 
-def write(found: dict[str, Any], sheets: Sequence[Sheet], model: Path) -> None:
-    """The figures, and the tables of the page."""
+def write(found: Errors, sheets: Sequence[Sheet], model: Path) -> None:
+    """The figures, the tables of the page, and its plot."""
     where = machine({})
     facts = {"machine": where, "base": base_fingerprint(model), "rates": read_rates(), "errors": found}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
     head = f"Measured on {where['date']}, commit {where['commit']}, base {facts['base']}; mean and standard deviation."
-    fill(PAGE, "\n\n".join([head, *(one.markdown() for one in sheets)]))
+    picture = "![Error against labels](../benchmarks/results/transfer.svg)"
+    fill(PAGE, "\n\n".join([head, picture, *(one.markdown() for one in sheets)]))
+    plot(found, RESULTS.with_suffix(".svg"))
+
+
+def plot(found: Errors, path: Path) -> None:
+    """Error against labels, a panel a task: every seed a dot, means joined, the best baseline dotted."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "transfer"
+    from matplotlib import pyplot
+
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, 3.2 * rows), squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (task, counts) in zip(axes.flat, found.items(), strict=False):
+        for number, method in enumerate(METHODS[arm] for arm in ARMS):
+            points = [(int(n), error) for n, by_name in counts.items() for error in by_name.get(method, {}).values()]
+            means = [(int(n), np.mean(list(e[method].values()))) for n, e in counts.items() if method in e]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), ".", color=f"C{number}", alpha=0.6)
+            axis.plot(*zip(*means, strict=True) if means else ([], []), "-", color=f"C{number}", label=method)
+        others = [
+            (int(n), min(np.mean(list(e.values())) for name, e in by_name.items() if name not in METHODS.values()))
+            for n, by_name in counts.items()
+        ]
+        axis.plot(*zip(*others, strict=True), "k:", label="best baseline without a network")
+        axis.set(xscale="log", yscale="log", title=task, xlabel="labels", ylabel="test error")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

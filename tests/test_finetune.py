@@ -109,6 +109,24 @@ def test_baselines_of_classes_are_the_most_frequent():
     assert errors == pytest.approx({"most frequent class": 200 / 3, "most frequent class of a type": 100 / 3})
 
 
+def test_the_baselines_of_a_chain_know_the_sequence():
+    def chain(*types: int, broken: bool = False) -> Structure:
+        number = np.arange(len(types)) + (10 if broken else 0) * (np.arange(len(types)) > 1)
+        fold = np.array([float(t == 121 and 0 < i < len(types) - 1) for i, t in enumerate(types)])
+        return Structure(
+            np.array(types), np.zeros((len(types), 3)), residue_index=number, node_scalars={"fold": fold}
+        )  # fmt: skip
+
+    train, test = [chain(120, 121, 122), chain(121, 120), chain(121, 125)], [chain(120, 121, 122), chain(121, 120)]
+    task = task_of(train, label="fold", kind="classes", classes=("ends", "within"))
+    assert baselines(task, train, test)["most frequent class of a 3-mer"].tolist() == [0, 1, 0, 0, 0]
+    broken = [chain(120, 121, 122, broken=True)]
+    assert baselines(task, train, broken)["most frequent class of a 3-mer"].tolist() == [0, 0, 0]
+    task = task_of(train, label="residue", kind="residues")
+    found = baselines(task, train, test)["most frequent between two neighbours"]
+    assert found[1] == 121 - 119, "between 120 and 122"
+
+
 def test_the_baseline_of_a_tensor_is_isotropic():
     structures = [
         Structure(np.array([6] * n), np.eye(3)[:n], tensors={"alpha": np.diag([1.0, 2.0, 3.0]) * n}) for n in (1, 2, 3)

@@ -52,11 +52,17 @@ def canned(transfer: Any, calls: list[list[str]]) -> Any:
     return finetune
 
 
+def boosted(jobs: Any, model: Path, out: Path) -> None:
+    for job in jobs:
+        (out / job.draw).write_text(json.dumps({"fingerprint + gradient boosting": 5.0}))
+
+
 def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     calls: list[list[str]] = []
     monkeypatch.setattr(transfer, "finetune", canned(transfer, calls))
+    monkeypatch.setattr(transfer, "boost", boosted)
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     words = ["--quick", "--model", str(tmp_path / "base"), "--out", str(tmp_path / "runs")]
@@ -70,6 +76,7 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     assert done == 2 * 3 + 2 * 3, "pilots and seeds"
     assert transfer.main(words) == 0 and len(calls) == done, "what is finished is not run again"
     assert transfer.main([*words, "--show"]) == 0
+    assert "fingerprint" in page and transfer.RESULTS.with_suffix(".svg").stat().st_size > 1000
 
 
 def test_a_missing_base_is_an_error(transfer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,7 +19,8 @@ def baselines(task: Task, train: Sequence[Structure], test: Sequence[Structure])
 
     The same for all: mean or most frequent class of the training labels, no vector. And what the elements alone say:
     ridge regression on how many of each a structure has, of energies the references themselves; mean or most frequent
-    class of the nodes of a type.
+    class of the nodes of a type. Of residues also what the sequence says: most frequent class of a residue and its two
+    neighbours, and of the types themselves, of the neighbours alone.
     """
     labels = task.labels(train)
     items = sum(s.num_nodes for s in test) if task.label.per_node else len(test)
@@ -27,8 +30,11 @@ def baselines(task: Task, train: Sequence[Structure], test: Sequence[Structure])
     if task.label.per_node:
         name = "most frequent class" if task.classifies else "mean predictor"
         if task.kind == "residues":
-            return {name: same}
-        return {name: same, f"{name.removesuffix(' predictor')} of a type": _by_type(task, labels, train, test)}
+            return {name: same, "most frequent between two neighbours": _by_neighbors(task, labels, train, test)}
+        found = {name: same, f"{name.removesuffix(' predictor')} of a type": _by_type(task, labels, train, test)}
+        if task.classifies and any(s.is_residue.any() for s in train):
+            found["most frequent class of a 3-mer"] = _by_neighbors(task, labels, train, test)
+        return found
     return {"mean predictor": same, "linear in composition": _by_composition(task, labels, train, test)}
 
 
@@ -47,6 +53,34 @@ def _by_type(task: Task, labels: Array, train: Sequence[Structure], test: Sequen
     for node_type in np.unique(types[there]):
         answers[node_type] = _middle(task, labels[there & (types == node_type)])
     return answers[asked]
+
+
+def _by_neighbors(task: Task, labels: Array, train: Sequence[Structure], test: Sequence[Structure]) -> Array:
+    """Of a node by the types of it, unless they are asked for, and of those before and after it in the chain.
+
+    What training has not seen is the most frequent class of all; the first and the last of a chain have no neighbour.
+    """
+    seen: dict[tuple[int, ...], Counter[float]] = defaultdict(Counter)
+    centre = task.kind != "residues"
+    for words, label in zip(_words(train, centre), labels.tolist(), strict=True):
+        if not math.isnan(label):
+            seen[words][label] += 1
+    usual = float(_middle(task, labels[known(labels)]))
+    best = {words: counts.most_common(1)[0][0] for words, counts in seen.items()}
+    return np.array([best.get(words, usual) for words in _words(test, centre)])
+
+
+def _words(structures: Sequence[Structure], centre: bool) -> Iterator[tuple[int, ...]]:
+    """Of every node, the types of the one before, itself if `centre`, and the one after; 0 beyond an end or a gap."""
+    for s in structures:
+        types = s.node_type.tolist()
+        number = s.residue_index if s.residue_index is not None else np.arange(len(types))
+        chains = np.asarray(s.chain if s.chain is not None else [""] * len(types))
+        joined = ((np.diff(number) == 1) & (chains[1:] == chains[:-1])).tolist()
+        for i, own in enumerate(types):
+            before = types[i - 1] if i and joined[i - 1] else 0
+            after = types[i + 1] if i + 1 < len(types) and joined[i] else 0
+            yield (before, own, after) if centre else (before, after)
 
 
 def _by_composition(task: Task, labels: Array, train: Sequence[Structure], test: Sequence[Structure]) -> Array:
