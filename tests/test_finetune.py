@@ -14,7 +14,7 @@ from ase.build import molecule
 from ase.io import write
 
 from moiety.adapters.baselines import baselines
-from moiety.adapters.finetune import FinetuneConfig, LabelledData
+from moiety.adapters.finetune import FinetuneConfig, LabelledData, build_model
 from moiety.adapters.tasks import KINDS, Task, TaskConfig, require_consistent
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
@@ -279,3 +279,21 @@ def test_labels_that_are_not_there_are_named_beside_those_that_are():
     )
     with pytest.raises(InputError, match="scalar:gap"):
         LabelledData.open(config.data, [TaskConfig(label="gapp", kind="mean")])
+
+
+@pytest.mark.parametrize(("recipe", "derives"), [("qm9_u0", False), ("forces_conservative", True)])
+def test_derivatives_are_taken_where_they_are_learned(base: Path, recipe: str, derives: bool):
+    corpus = SAMPLES / recipe.partition("_")[0]
+    words = [*SHORT, f"model={base}", f"corpus={corpus}"]
+    config = load_config(FinetuneConfig, ROOT / f"finetune/configs/{recipe}.yaml", words)
+    data = LabelledData.open(config.data, config.tasks)
+    model = build_model(config, data.heads)
+    assert model.derives is derives
+    task = data.tasks[0]
+    structures = data.test.read(range(3), whole=True)
+    inputs = with_neighbors(collate(structures), 5.0).inputs()
+    said = [model.eval()(**inputs).predictions]
+    model.get_base_model().derives = not derives
+    said.append(model(**inputs).predictions)
+    assert torch.allclose(*(output[task.name].detach() for output in said))
+    assert sorted("forces" in output for output in said) == [False, True]

@@ -17,7 +17,7 @@ import typer
 import typer.core
 import typer.main
 
-from moiety import __version__
+from moiety import __version__, weights
 from moiety.errors import InputError
 
 GROUPS = {"data": "moiety.data.cli"}  # subcommand -> module whose `app` holds it, imported on use
@@ -49,7 +49,11 @@ app = typer.Typer(
 )
 
 Files = Annotated[list[Path], typer.Argument(help="Structure files, or folders of them.")]
-ModelDir = Annotated[Path, typer.Option("--model", help="Directory of an exported model.")]
+OURS = weights()
+ModelDir = Annotated[
+    Path,
+    typer.Option("--model", help="Directory of an exported model; else the one of the package.", show_default=False),
+]
 BatchNodes = Annotated[int, typer.Option(min=1, help="Nodes (atoms, residues) a batch may hold.")]
 AllAtom = Annotated[bool, typer.Option(help="Read proteins atom by atom instead of residue by residue.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -78,7 +82,7 @@ def _root(
 @app.command()
 def predict(
     files: Files,
-    model: ModelDir,
+    model: ModelDir = OURS,
     adapter: Annotated[Path | None, typer.Option(help="peft directory of a fine-tuned adapter.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the lines here (.jsonl) instead of to stdout.")] = None,
     batch_nodes: BatchNodes = 2048,
@@ -116,8 +120,8 @@ def predict(
 def finetune(
     data: Annotated[Path, typer.Option(help="A file (.extxyz, .sdf, .csv with SMILES, ...) or a folder of them.")],
     target: Annotated[str, typer.Option(help="The label to learn; energy takes forces and stress along.")],
-    model: ModelDir,
     out: Annotated[Path, typer.Option(help="Run directory: data, adapter, metrics, report.html.")],
+    model: ModelDir = OURS,
     kind: Annotated[str, typer.Option(help="How it is read off the nodes; default: found from the labels.")] = "",
     unit: Annotated[str, typer.Option(help="Unit of the label; default: what the data says.")] = "",
     method: Annotated[str, typer.Option(help="lora, rslora, dora, ia3, full, head or scratch.")] = "lora",
@@ -143,8 +147,8 @@ def finetune(
 @app.command()
 def embed(
     files: Files,
-    model: ModelDir,
     out: Annotated[Path, typer.Option(help="The .npz file to write.")],
+    model: ModelDir = OURS,
     level: Annotated[
         Literal["graph", "node"], typer.Option(help="graph: one vector a structure; node: features of every node.")
     ] = "graph",

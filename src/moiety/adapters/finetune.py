@@ -33,7 +33,7 @@ from moiety.adapters.replay import (
     held_out,
     own_weights,
 )
-from moiety.adapters.tasks import Task, TaskConfig, require_consistent
+from moiety.adapters.tasks import DERIVED, Task, TaskConfig, require_consistent
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset
 from moiety.errors import InputError
@@ -226,8 +226,10 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
     torch.manual_seed(config.training.seed)
     if config.method == "scratch":
         require_export(config.model)
-        return MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=heads))
-    model = load_base(config.model, heads)
+        model = MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=heads))
+    else:
+        model = load_base(config.model, heads)
+    model.derives &= any(task.kind in DERIVED for task in config.tasks)
     if config.method in ADAPTERS:
         return add_adapter(model, config.adapter, config.method)
     if config.method == "head":

@@ -116,8 +116,8 @@ class WithPretrainingHeads(nn.Module):
         return self.model.config
 
     @property
-    def energy(self) -> str | None:
-        return self.model.energy  # type: ignore[return-value]
+    def derives(self) -> bool:
+        return self.model.derives  # type: ignore[return-value]
 
     def activation_checkpointing_enable(self) -> None:
         self.model.activation_checkpointing_enable()  # type: ignore[operator]

@@ -19,6 +19,7 @@ from moiety.models.heads_moiety import TaskHead
 from moiety.models.modeling_moiety import MoietyForPrediction
 from moiety.models.vocabulary_moiety import AMINO_ACIDS
 
+ADAPTERS = "adapters"  # folder of a model with what is adapted to it
 PER_NODE = {kind for kind, (per_node, _) in TaskHead.KINDS.items() if per_node}
 DERIVED = {  # what a head of kind "energy" brings along
     "forces": {"kind": "vector", "unit": "eV/Å"},
@@ -37,9 +38,13 @@ class Predictor:
     tasks: dict[str, Any]  # name -> {"kind", "unit", ...}, as in MoietyConfig.tasks
     adapters: dict[str, list[str]] = field(default_factory=dict)  # name -> its tasks, where there are several
 
-    def missing(self, structure: Structure) -> list[str]:
-        """Elements of a structure whose energy is not known, so that it can have no total energy."""
-        known = [task["references"] for task in self.tasks.values() if task.get("references")]
+    def missing(self, structure: Structure, tasks: Iterable[str] | None = None) -> list[str]:
+        """Elements of a structure whose energy is not known, so that it can have no total energy.
+
+        With several adapters on the trunk, ask for the tasks of one.
+        """
+        asked = self.tasks if tasks is None else tasks
+        known = [self.tasks[name]["references"] for name in asked if self.tasks[name].get("references")]
         return unknown_elements(structure, known[0]) if known else []
 
     def _switch(self, adapter: str | None) -> set[str]:
@@ -75,6 +80,22 @@ class Predictor:
             for b, structure in enumerate(structures)
         ]
 
+    def all_answers(self, structures: list[Structure]) -> list[dict[str, Any]]:
+        """Predictions of every adapter together; a total energy that cannot be told is None, with a note."""
+        if not self.adapters:
+            return self(structures)
+        together: list[dict[str, Any]] = [{} for _ in structures]
+        for adapter, tasks in self.adapters.items():
+            missing = [self.missing(structure, tasks) for structure in structures]
+            able = [structure for structure, elements in zip(structures, missing, strict=True) if not elements]
+            answers = iter(self(able, adapter) if able else [])
+            for answer, elements in zip(together, missing, strict=True):
+                note = f"no reference energy of {', '.join(elements)}"
+                answer |= (
+                    {name: {"value": None, "unit": "", "note": note} for name in tasks} if elements else next(answers)
+                )
+        return together
+
 
 def _told(structure: Structure, task: dict[str, Any], value: torch.Tensor) -> dict[str, Any]:
     if task["kind"] == "dipole_norm" and structure.periodic:
@@ -92,10 +113,15 @@ def _told(structure: Structure, task: dict[str, Any], value: torch.Tensor) -> di
 def load_predictor(model_dir: Path, adapter: Path | Mapping[str, Path] | None = None) -> Predictor:
     """Loads an exported model with task heads, or any export with an adapter that brings them, or several by name.
 
+    Without either, the adapters in the model's own folder `adapters` answer.
+
     Raises:
         InputError: a directory is not what it should be, or nothing here predicts a property.
     """
     config = read_model_config(model_dir)
+    has_heads = "MoietyForPrediction" in (config.get("architectures") or [])
+    if adapter is None and not has_heads and (model_dir / ADAPTERS).is_dir():
+        adapter = {path.name: path for path in sorted((model_dir / ADAPTERS).iterdir())}
     adapters: dict[str, list[str]] = {}
     if adapter is not None:
         from moiety.adapters.adapter import adapter_facts, load_adapted
@@ -104,7 +130,7 @@ def load_predictor(model_dir: Path, adapter: Path | Mapping[str, Path] | None = 
         if isinstance(adapter, Mapping):
             adapters = {name: list(adapter_facts(directory)["tasks"]) for name, directory in adapter.items()}
     else:
-        if "MoietyForPrediction" not in (config.get("architectures") or []):
+        if not has_heads:
             kind = ", ".join(config.get("architectures") or ["bare trunk"])
             raise InputError(
                 f"{model_dir}: this model has no task head (it is a {kind}); "
@@ -129,14 +155,14 @@ def predict_files(
     for read in batches(paths, batch_nodes, all_atom):
         chunk = [_refused(predictor, verdict) for verdict in read]
         structures = [verdict.structure for verdict in chunk if verdict.structure is not None]
-        predicted = iter(predictor(structures) if structures else [])
+        predicted = iter(predictor.all_answers(structures) if structures else [])
         for verdict in chunk:
             yield _line(verdict, None if verdict.structure is None else next(predicted))
 
 
 def _refused(predictor: Predictor, verdict: Verdict) -> Verdict:
     """The verdict, or why the model cannot answer for its structure."""
-    if verdict.structure is None or not (missing := predictor.missing(verdict.structure)):
+    if predictor.adapters or verdict.structure is None or not (missing := predictor.missing(verdict.structure)):
         return verdict
     return dataclasses.replace(
         verdict,

@@ -273,6 +273,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
                 f"task {', '.join(sorted(taken))}: is the derivative of {energies[0]}; leave one of them out"
             )
         self.energy = energies[0] if energies else None
+        self.derives = self.energy is not None  # to be set False by who needs no derivatives: a third of the work
         self.hides_residues = any(spec.get("kind") == "residues" for spec in tasks.values())
         self.moiety = MoietyModel(config)
         self.heads = nn.ModuleDict({name: TaskHead(config, **spec) for name, spec in tasks.items()})
@@ -280,7 +281,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
 
     def forward(self, positions: Tensor, **inputs: Any) -> MoietyPredictionOutput:
         """Takes the inputs of `MoietyModel`; `predictions` maps each task to its values, in the task's unit."""
-        if self.energy is None:
+        if self.energy is None or not self.derives:
             return self._read(positions, **inputs)
         return self._conservative(self.energy, positions, **inputs)
 

@@ -48,7 +48,7 @@ def compile_model(model: nn.Module) -> None:
 
     Minutes go by at the first step, once for all sizes of batches (and once more for batches of one structure).
     """
-    conservative = [m for m in model.modules() if isinstance(m, MoietyForPrediction) and m.energy is not None]
+    conservative = [m for m in model.modules() if isinstance(m, MoietyForPrediction) and m.derives]
     for predictor in conservative:
         predictor.forward = WrittenOut(predictor)
     if not conservative:

@@ -53,7 +53,7 @@ def training_flops(model: nn.Module, nodes: float, edges: float) -> float:
             per_channel = 2 * edges * (module.lmax + 1) ** 2
             flops += per_channel * (module.filter.out_features + 2 * module.width)  # angles; built and moved
     others = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in seen]
-    passes = 6 if getattr(model, "energy", None) is not None else 3
+    passes = 6 if getattr(model, "derives", False) else 3
     return passes * (flops + sum(_linear_flops(linear, nodes) for linear in others))
 
 
