@@ -24,7 +24,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test test-slow check format transfer transfer-quick bench bench-gpu bench-accuracy report-png clean
+.PHONY: install quickstart test test-slow check format transfer transfer-quick pretraining-choices weights bench bench-gpu bench-accuracy report-png clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -66,6 +66,19 @@ transfer: $(INSTALLED)
 transfer-quick: $(INSTALLED)
 	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
 	$(BIN)/python benchmarks/transfer.py --quick --model $(MODEL)
+
+# Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
+pretraining-choices: $(INSTALLED)
+	$(BIN)/python benchmarks/pretraining.py
+
+# What comes with the package, made again: pretraining (two hours on a core), two adapters (half an hour each).
+weights: $(INSTALLED)
+	for corpus in qm9 ccd crystals proteins forces; do \
+		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
+	$(BIN)/python pretrain/train.py --config pretrain/configs/released.yaml --out runs/released
+	$(BIN)/python finetune/lora.py --config finetune/configs/released_gap.yaml --out runs/released/gap
+	$(BIN)/python finetune/lora.py --config finetune/configs/released_forces.yaml --out runs/released/forces
+	$(BIN)/python pretrain/release.py runs/released tiny gap=runs/released/gap forces=runs/released/forces
 
 # Speed and memory beside other models, which have an environment of their own.
 bench: $(INSTALLED) $(PEERS_INSTALLED)

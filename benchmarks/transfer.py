@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from fingerprints import NAME as FINGERPRINT
-from fingerprints import boosted
+from paired import runs
+from paired.fingerprints import NAME as FINGERPRINT
+from paired.fingerprints import boosted
+from paired.runs import PILOT, TASKS, Job
 from peers.crew import ROOT, machine
 from peers.tables import Sheet, around_marks, fill
 from rich.console import Console
@@ -40,69 +37,10 @@ from moiety.training.config import load_config
 
 PAGE = ROOT / "docs/transfer.md"
 RESULTS = ROOT / "benchmarks/results/transfer.json"
-SETTINGS = ROOT / "benchmarks/results/transfer_rates.json"
 ARMS = {  # learning rates that are tried
     "scratch": (1e-3, 2e-3, 4e-3), "full": (5e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2), "head": (2e-3, 5e-3, 1e-2),
 }  # fmt: skip
-PILOT = 1000  # labels
-MANY = 3000  # and more labels have MOST steps
-STEPS = {100: 300, 1000: 600}
-MOST = 3000
-NUM_VAL = 500
-
-
-@dataclass(frozen=True)
-class Task:
-    """A recipe, which of its targets counts, and from how many labels it is learned."""
-
-    recipe: str
-    target: str
-    counts: tuple[int, ...]
-    changes: tuple[str, ...] = ()
-    smiles: bool = False  # its structures have them
-
-
-QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
-TASKS = {
-    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True),
-    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True),
-    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True),
-    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",)),
-    "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",)),
-    "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
-    "secondary": Task("proteins_secondary", "secondary_structure", (100, 1000, 10000), ("num_val=200",)),
-}
 QUICK = {"tasks": ["dipole"], "arms": ["scratch", "lora"], "counts": [PILOT]}
-
-
-@dataclass(frozen=True)
-class Job:
-    """One fine-tuning."""
-
-    task: str
-    arm: str
-    count: int
-    seed: int
-    rate: float
-    pilot: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}-{self.arm}-{self.count}-{self.seed}-{self.rate:g}"
-
-    @property
-    def draw(self) -> str:
-        """Where the same labels' gradient boosting stands."""
-        return f"{self.task}-fingerprint-{self.count}-{self.seed}.json"
-
-    def words(self, model: str) -> list[str]:
-        """Arguments of finetune/lora.py."""
-        task = TASKS[self.task]
-        steps = STEPS.get(self.count, MOST if self.count >= MANY else STEPS[1000])
-        words = [f"num_val={NUM_VAL}", *task.changes, f"model={model}", f"method={self.arm}", f"num_train={self.count}"]
-        words += [f"steps={steps}", f"checkpoint_every={steps // 6}", "patience=6", f"lr={self.rate:g}"]
-        words += [f"training.seed={self.seed}", f"data.seed={self.seed}", *(["num_test=8"] if self.pilot else [])]
-        return ["--config", str(ROOT / f"finetune/configs/{task.recipe}.yaml"), *words]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             pilot(args.tasks, args.arms, args.model, out / "pilot")
         if not (args.show or args.pilot):
             jobs = jobs_of(args.tasks, args.counts, args.arms, args.seeds)
-            run(jobs, args.model, out)
+            runs.run(jobs, args.model, out)
             boost(jobs, args.model, out)
     except InputError as error:
         print(f"transfer.py: {error}", file=sys.stderr)
@@ -132,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def jobs_of(tasks: Sequence[str], counts: Sequence[int], arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
     """At the rates that the pilots found, few labels first; arms without a rate are left out."""
-    rates = read_rates()
+    rates = runs.read_rates()
     return [
         Job(task, arm, count, seed, rates[task][arm])
         for count in counts for seed in seeds for task in tasks for arm in arms
@@ -145,8 +83,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pilot", action="store_true", help="learning rates alone")
     parser.add_argument("--show", action="store_true", help="tables of what is there")
     parser.add_argument("--quick", action="store_true", help="the slice of `make transfer-quick`")
-    parser.add_argument("--tasks", type=words(TASKS), default=list(TASKS))
-    parser.add_argument("--arms", type=words(ARMS), default=list(ARMS))
+    parser.add_argument("--tasks", type=runs.words(TASKS), default=list(TASKS))
+    parser.add_argument("--arms", type=runs.words(ARMS), default=list(ARMS))
     parser.add_argument("--counts", type=lambda text: [int(word) for word in text.split(",")], default=None)
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--model", type=Path, default=ROOT / "runs/quickstart/export")
@@ -160,34 +98,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def every_count() -> list[int]:
     return sorted({count for task in TASKS.values() for count in task.counts})
-
-
-def words(known: Iterable[str]) -> Any:
-    """A reader of words between commas."""
-
-    def read(text: str) -> list[str]:
-        for word in text.split(","):
-            if word not in known:
-                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
-        return text.split(",")
-
-    return read
-
-
-def run(jobs: Sequence[Job], model: Path, out: Path) -> None:
-    """Those that are not finished, one core each."""
-    waiting = [job for job in jobs if not (out / job.name / "metrics.json").exists()]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        done = pool.map(lambda job: finetune(job, model, out), waiting)
-        for _ in track(done, "fine-tuning", total=len(waiting), console=Console(stderr=True)):
-            pass
-
-
-def finetune(job: Job, model: Path, out: Path) -> None:
-    command = [sys.executable, ROOT / "finetune/lora.py", *job.words(str(model)), "--out", out / job.name]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise InputError(f"{job.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
 
 
 def boost(jobs: Sequence[Job], model: Path, out: Path) -> None:
@@ -207,25 +117,15 @@ def boost(jobs: Sequence[Job], model: Path, out: Path) -> None:
 def pilot(tasks: Sequence[str], arms: Sequence[str], model: Path, out: Path) -> None:
     """Tries the learning rates, and keeps for each task and arm the one of the lowest validation score."""
     jobs = [Job(task, arm, PILOT, 0, rate, pilot=True) for task in tasks for arm in arms for rate in ARMS[arm]]
-    run(jobs, model, out)
+    runs.run(jobs, model, out)
     scores: dict[tuple[str, str], dict[float, float]] = {}
     for job in jobs:
-        scores.setdefault((job.task, job.arm), {})[job.rate] = read(out / job.name, job.task)["validation"]
-    rates = read_rates()
+        scores.setdefault((job.task, job.arm), {})[job.rate] = runs.read(out / job.name, job.task)["validation"]
+    rates = runs.read_rates()
     for (task, arm), found in scores.items():
         rates.setdefault(task, {})[arm] = min(found, key=lambda rate: found[rate])
-    SETTINGS.parent.mkdir(exist_ok=True)
-    SETTINGS.write_text(json.dumps(rates, indent=1) + "\n")
-
-
-def read_rates() -> dict[str, dict[str, float]]:
-    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
-
-
-def read(folder: Path, task: str) -> dict[str, Any]:
-    """The entry of metrics.json that counts."""
-    entries = json.loads((folder / "metrics.json").read_text())
-    return next(entry for entry in entries if entry["target"] == TASKS[task].target)
+    runs.SETTINGS.parent.mkdir(exist_ok=True)
+    runs.SETTINGS.write_text(json.dumps(rates, indent=1) + "\n")
 
 
 Errors = dict[str, dict[str, dict[str, dict[int, float]]]]
@@ -239,7 +139,7 @@ def collect(jobs: Sequence[Job], out: Path) -> Errors:
             continue
         by_name = found.setdefault(job.task, {}).setdefault(f"{job.count}", {})
         others = json.loads((out / job.draw).read_text()) if (out / job.draw).exists() else {}
-        for name, value in (read(out / job.name, job.task)["results"] | others).items():
+        for name, value in (runs.read(out / job.name, job.task)["results"] | others).items():
             by_name.setdefault(name, {})[job.seed] = value  # every arm reports the same baselines
     return found
 
@@ -251,28 +151,17 @@ def sheet(found: Errors, task: str) -> Sheet:
     names.sort(key=lambda name: name not in METHODS.values())
     scratch = METHODS["scratch"]
     rows = [
-        [name, *(cell(by_name.get(name, {}), by_name.get(scratch, {})) for by_name in counts.values())]
+        [name, *(runs.cell(by_name.get(name, {}), by_name.get(scratch, {})) for by_name in counts.values())]
         for name in names
     ]
     title = f"{task}: test error of `{TASKS[task].recipe}`, {TASKS[task].target} (change against scratch)"
     return Sheet(title, ["method", *(f"{int(count):,} labels" for count in counts)], rows)
 
 
-def cell(by_seed: dict[int, float], scratch: dict[int, float]) -> str:
-    """Mean ± standard deviation, and the change against scratch over the seeds that both have."""
-    if not by_seed:
-        return "–"
-    values = list(by_seed.values())
-    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.std(values) > 0 else ""
-    both = sorted(by_seed.keys() & scratch.keys())
-    ratio = np.mean([by_seed[seed] for seed in both]) / np.mean([scratch[seed] for seed in both]) if both else 1.0
-    return f"{np.mean(values):.4g}{spread}" + (f" ({ratio - 1:+.0%})" if both and by_seed is not scratch else "")
-
-
 def write(found: Errors, sheets: Sequence[Sheet], model: Path) -> None:
     """The figures, the tables of the page, and its plot."""
     where = machine({})
-    facts = {"machine": where, "base": base_fingerprint(model), "rates": read_rates(), "errors": found}
+    facts = {"machine": where, "base": base_fingerprint(model), "rates": runs.read_rates(), "errors": found}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
     head = f"Measured on {where['date']}, commit {where['commit']}, base {facts['base']}; mean and standard deviation."

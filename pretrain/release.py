@@ -56,15 +56,18 @@ def release(run: Path, name: str, adapters: dict[str, Path], out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for file in KEPT:
-        shutil.copy(export / file, aside / file)
+        shutil.copyfile(export / file, aside / file)
     config = json.loads((aside / "config.json").read_text())
     del config["auto_map"]  # names of code files that are not beside it
     write_json(aside / "config.json", config)
     recipe = json.loads((run / "config.json").read_text())
     write_text(aside / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     rows = [put_adapter(name, adapter, folder, export, aside) for adapter, folder in adapters.items()]
-    card = (aside / "README.md").read_text().replace("DIR, trust_remote_code=True", f'moiety.weights("{name}")')
-    write_text(aside / "README.md", card + origin(run, recipe) + "".join(rows))
+    card = (aside / "README.md").read_text()
+    card = card.replace("from transformers", "import moiety\nfrom transformers", 1)
+    card = card.replace("DIR, trust_remote_code=True", f'moiety.weights("{name}")')
+    answers = "\n## Adapters\n\nIn `adapters/`; `moiety predict` asks all of them.\n" if rows else ""
+    write_text(aside / "README.md", card + origin(run, recipe) + answers + "".join(rows))
     size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
     if size > MOST_BYTES:
         raise InputError(f"{run}: {size:,} bytes; weights in the package have at most {MOST_BYTES:,}")
@@ -81,11 +84,11 @@ def put_adapter(name: str, adapter: str, run: Path, export: Path, out: Path) -> 
     folder = out / "adapters" / adapter
     folder.mkdir(parents=True)
     for file in (ADAPTER_CONFIG, "adapter_model.safetensors"):
-        shutil.copy(run / "adapter" / file, folder / file)
+        shutil.copyfile(run / "adapter" / file, folder / file)
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     config["base_model_name_or_path"] = f"moiety.weights({name!r})"
     write_json(folder / ADAPTER_CONFIG, config)
-    shutil.copy(run / "metrics.json", folder / "metrics.json")
+    shutil.copyfile(run / "metrics.json", folder / "metrics.json")
     recipe = json.loads((run / "config.json").read_text()) | {"model": config["base_model_name_or_path"]}
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     lines = [f"\n### `{adapter}`\n\n{Path(recipe['data']['corpus']).name}, {recipe['method']}.\n"]
@@ -111,8 +114,6 @@ def origin(run: Path, recipe: dict[str, Any]) -> str:
 {facts["machine"]["processes"]} process. Corpora, by the sha256 of their manifest:
 
 {corpora}
-
-## Adapters
 """
 
 

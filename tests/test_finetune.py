@@ -45,9 +45,11 @@ RECIPES = (
     "qm9_mulliken",
     "qm9_polarizability",
     "qm9_u0",
+    "released_forces",
+    "released_gap",
     "surfaces_adsorption",
 )
-SHORT = ["steps=2", "log_every=1", "warmup_steps=1", "num_train=12", "num_test=4"]
+SHORT = ["steps=2", "log_every=1", "warmup_steps=1", "num_train=12", "num_test=4", "num_val=0"]
 MORE = {
     "crystals_energy": ["num_train=80", "num_test=10"],  # to have the elements of the test structures
     "flows_velocity": ["num_train=5", "num_test=2"],

@@ -19,7 +19,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def transfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("transfer")
-    monkeypatch.setattr(module, "SETTINGS", tmp_path / "results/rates.json")
+    monkeypatch.setattr(module.runs, "SETTINGS", tmp_path / "results/rates.json")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results/transfer.json")
     page = tmp_path / "transfer.md"
     page.write_text(module.PAGE.read_text())
@@ -61,13 +61,13 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     calls: list[list[str]] = []
-    monkeypatch.setattr(transfer, "finetune", canned(transfer, calls))
+    monkeypatch.setattr(transfer.runs, "finetune", canned(transfer, calls))
     monkeypatch.setattr(transfer, "boost", boosted)
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     words = ["--quick", "--model", str(tmp_path / "base"), "--out", str(tmp_path / "runs")]
     assert transfer.main(words) == 0
-    rates = json.loads(transfer.SETTINGS.read_text())
+    rates = json.loads(transfer.runs.SETTINGS.read_text())
     assert rates == {"dipole": {"scratch": 2e-3, "lora": 2e-3}}
     page = transfer.PAGE.read_text()
     assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in page and "| mean predictor | 9 (+329%) |" in page

@@ -48,7 +48,7 @@ displacement and no strain, types are cross-entropy in nats:
 ## Limits
 
 Learned from near-equilibrium structures made of the elements and residues of the corpora above; elsewhere its features
-are extrapolation. It predicts no property by itself: adapt it first.
+are extrapolation. It predicts no property by itself: that takes an adapter.
 
 `probe.json` and `probe.safetensors` hold two small structures and this model's features for them, to verify a copy
 (one CPU thread, float32).

@@ -1,0 +1,130 @@
+"""Fine-tuning runs that are compared: which tasks, with which words, where their results stand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peers.crew import ROOT
+from rich.console import Console
+from rich.progress import track
+
+from moiety.errors import InputError
+
+SETTINGS = ROOT / "benchmarks/results/transfer_rates.json"
+PILOT = 1000  # labels
+MANY = 3000  # and more labels have MOST steps
+STEPS = {100: 300, 1000: 600}
+MOST = 3000
+NUM_VAL = 500
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe, which of its targets counts, and from how many labels it is learned."""
+
+    recipe: str
+    target: str
+    counts: tuple[int, ...]
+    changes: tuple[str, ...] = ()
+    smiles: bool = False  # its structures have them
+
+
+QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
+TASKS = {
+    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True),
+    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True),
+    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True),
+    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",)),
+    "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",)),
+    "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
+    "secondary": Task("proteins_secondary", "secondary_structure", (100, 1000, 10000), ("num_val=200",)),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning."""
+
+    task: str
+    arm: str
+    count: int
+    seed: int
+    rate: float
+    pilot: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.arm}-{self.count}-{self.seed}-{self.rate:g}"
+
+    @property
+    def draw(self) -> str:
+        """Where the same labels' gradient boosting stands."""
+        return f"{self.task}-fingerprint-{self.count}-{self.seed}.json"
+
+    def words(self, model: str) -> list[str]:
+        """Arguments of finetune/lora.py."""
+        task = TASKS[self.task]
+        steps = STEPS.get(self.count, MOST if self.count >= MANY else STEPS[1000])
+        words = [f"num_val={NUM_VAL}", *task.changes, f"model={model}", f"method={self.arm}", f"num_train={self.count}"]
+        words += [f"steps={steps}", f"checkpoint_every={steps // 6}", "patience=6", f"lr={self.rate:g}"]
+        words += [f"training.seed={self.seed}", f"data.seed={self.seed}", *(["num_test=8"] if self.pilot else [])]
+        return ["--config", str(ROOT / f"finetune/configs/{task.recipe}.yaml"), *words]
+
+
+def words(known: Iterable[str]) -> Any:
+    """A reader of words between commas."""
+
+    def read(text: str) -> list[str]:
+        for word in text.split(","):
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
+        return text.split(",")
+
+    return read
+
+
+def run(jobs: Sequence[Job], model: Path, out: Path) -> None:
+    """Those that are not finished, one core each."""
+    waiting = [job for job in jobs if not (out / job.name / "metrics.json").exists()]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        done = pool.map(lambda job: finetune(job, model, out), waiting)
+        for _ in track(done, "fine-tuning", total=len(waiting), console=Console(stderr=True)):
+            pass
+
+
+def finetune(job: Job, model: Path, out: Path) -> None:
+    command = [sys.executable, ROOT / "finetune/lora.py", *job.words(str(model)), "--out", out / job.name]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{job.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def read_rates() -> dict[str, dict[str, float]]:
+    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+
+
+def read(folder: Path, task: str) -> dict[str, Any]:
+    """The entry of metrics.json that counts."""
+    entries = json.loads((folder / "metrics.json").read_text())
+    return next(entry for entry in entries if entry["target"] == TASKS[task].target)
+
+
+def cell(by_seed: dict[int, float], scratch: dict[int, float]) -> str:
+    """Mean ± standard deviation, and the change against scratch over the seeds that both have."""
+    if not by_seed:
+        return "–"
+    values = list(by_seed.values())
+    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.std(values) > 0 else ""
+    both = sorted(by_seed.keys() & scratch.keys())
+    ratio = np.mean([by_seed[seed] for seed in both]) / np.mean([scratch[seed] for seed in both]) if both else 1.0
+    return f"{np.mean(values):.4g}{spread}" + (f" ({ratio - 1:+.0%})" if both and by_seed is not scratch else "")

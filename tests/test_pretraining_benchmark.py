@@ -1,0 +1,81 @@
+"""Arms of a comparison differ in what they compare alone, and the tables say what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moiety.objectives import build_objectives
+from moiety.training.config import PretrainConfig, load_config
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def pretraining(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("pretraining")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "pretraining.json")
+    page = tmp_path / "pretraining.md"
+    page.write_text(module.PAGE.read_text())
+    monkeypatch.setattr(module, "PAGE", page)
+    rates = {task: {"lora": 5e-3, "scratch": 1e-3} for task in module.FINE_TUNINGS}
+    monkeypatch.setattr(module.runs, "read_rates", lambda: rates)
+    return module
+
+
+def config_of(pretraining: Any, arm: Any, steps: int) -> PretrainConfig:
+    _, path, *overrides = pretraining.words(arm, steps)
+    return load_config(PretrainConfig, path, overrides)
+
+
+def test_arms_are_configurations_at_equal_cost_or_equal_exposure(pretraining: Any) -> None:
+    for name, arm in pretraining.PARTS["objectives"].items():
+        config = config_of(pretraining, arm, 1200)
+        objectives = [objective.name for objective in build_objectives(config.objectives)]
+        assert config.training.steps == (900 if "self_conditioned" in objectives else 1200), name
+        assert [Path(s.path).name for s in config.data.sources] == ["qm9", "forces"]
+    configs = {name: config_of(pretraining, arm, 1250) for name, arm in pretraining.PARTS["domains"].items()}
+    released = load_config(PretrainConfig, BENCHMARKS.parent / "pretrain/configs/released.yaml")
+    assert configs["all"].data == released.data and configs["all"].objectives == released.objectives
+    alone = [config.training.steps for name, config in configs.items() if name != "all"]
+    assert sum(alone) == configs["all"].training.steps == 1250 and alone == [900, 150, 200]
+
+
+def test_the_table_says_what_the_mixture_keeps(
+    pretraining: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = {"scratch": 2.0, "all": 1.1, "molecules": 1.0, "crystals": 0.9, "proteins": 1.2}
+
+    def run(jobs: Any, model: Path, out: Path) -> None:
+        for job in jobs:
+            arm = "scratch" if job.arm == "scratch" else model.parents[1].name
+            method = pretraining.METHODS[job.arm]
+            entry = {"target": pretraining.FINE_TUNINGS[job.task].target, "results": {method: errors[arm]}}
+            (out / job.name).mkdir(parents=True, exist_ok=True)
+            (out / job.name / "metrics.json").write_text(json.dumps([entry]))
+
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_: None)
+    monkeypatch.setattr(pretraining.runs, "run", run)
+    assert pretraining.main(["domains", "--out", str(tmp_path)]) == 0
+    page = pretraining.PAGE.read_text()
+    assert "| all | 1.1 (-45%) | 1.1 (-45%) | 1.1 (-45%) |" in page
+    assert "| proteins | – | – | 1.2 (-40%) |" in page
+    assert "| kept by all of the gain of one | 90% | 82% | 112% |" in page
+    assert "Not measured yet" not in page
+    assert pretraining.main(["--show", "--out", str(tmp_path)]) == 0
+
+
+def test_a_task_without_a_rate_is_named(
+    pretraining: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+):
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_: None)
+    monkeypatch.setattr(pretraining.runs, "read_rates", dict)
+    assert pretraining.main(["objectives", "--out", str(tmp_path)]) == 2
+    assert "transfer.py --pilot --tasks dipole" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        pretraining.main(["colours"])
