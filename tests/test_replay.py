@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from moiety.adapters.adapter import AdapterSettings, add_adapter, load_base
 from moiety.adapters.finetune import FinetuneConfig
-from moiety.adapters.replay import MARK, PRETRAINING, Replayed, Unlabelled, WithPretrainingHeads, forgetting
+from moiety.adapters.replay import MARK, PRETRAINING, Replayed, Unlabelled, WithPretrainingHeads, forgetting, off_task
 from moiety.adapters.tasks import Task, TaskConfig
 from moiety.data.shards import Corpus
 from moiety.errors import InputError
@@ -20,6 +22,7 @@ from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.objectives import build_objectives
 from moiety.testing import launched
 from moiety.tokens.batch import collate, with_neighbors
+from moiety.tokens.labels import Label
 from moiety.training.config import load_config
 from moiety.training.export import save_model
 
@@ -76,6 +79,25 @@ def test_the_heads_of_pretraining_come_back_frozen(base: Path):
     assert all(p.requires_grad for p in model.model.parameters())
 
 
+def test_a_property_that_was_not_trained_on_suffers_from_damage(base: Path):
+    corpus = Corpus.open(SAMPLES / "qm9", split="train")
+    train, test = corpus.read(range(40), whole=True), corpus.read(range(40, 60), whole=True)
+    adapted = add_adapter(load_base(base, DIPOLE), AdapterSettings())
+    found = off_task(base, adapted, Label("gap"), train, test)
+    assert abs(found["change"]) < 1e-5 and found["mean"] > 0
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert off_task(base, adapted, Label("gap"), train, test)["change"] > 0.2
+
+
+def test_a_label_that_nothing_has_is_no_off_task(base: Path, tmp_path: Path):
+    words = ["steps=1", "num_train=12", "num_test=4", f"model={base}", f"corpus={SAMPLES / 'qm9'}", "off_task=colour"]
+    command = [sys.executable, ROOT / "finetune/lora.py", "--config", ROOT / "finetune/configs/qm9_dipole.yaml", *words]
+    done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 2 and "off_task: 'colour'" in done.stderr
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_with_replay_tells_both_losses_and_what_was_forgotten(method: str, base: Path, tmp_path: Path):
     config = ROOT / "finetune/configs/qm9_dipole.yaml"
@@ -86,6 +108,7 @@ def test_a_run_with_replay_tells_both_losses_and_what_was_forgotten(method: str,
     assert record["losses"]["protein"].keys() == {"replayed types", "replayed coordinates"}
     assert record["losses"]["molecule"].keys() == {"dipole"}
     (metrics,) = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["off_task"].keys() == {"base", "now", "mean", "change"}
     assert metrics["forgetting"]["protein"].keys() == {"types", "coordinates"}
     where = (base, tmp_path / "run/adapter") if method == "lora" else (tmp_path / "run/export", None)
     (line,) = load_predictor(*where)(Corpus.open(SAMPLES / "qm9", split="test").read([0]))
@@ -99,6 +122,7 @@ def test_a_run_with_replay_tells_both_losses_and_what_was_forgotten(method: str,
         ("proteins_residues", [], "hides the residues"),
         ("qm9_dipole", ["replay.share=1.5"], "between 0 and 1"),
         ("qm9_dipole", ["replay.objectives={colour: {}}"], "no such objective"),
+        ("qm9_dipole", ["replay.objectives={dens: {}}"], "takes forces"),
     ],
 )
 def test_replay_that_makes_no_sense_is_refused(recipe: str, words: list[str], says: str):

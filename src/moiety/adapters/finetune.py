@@ -31,6 +31,7 @@ from moiety.adapters.replay import (
     WithPretrainingHeads,
     forgetting,
     held_out,
+    off_task,
     own_weights,
 )
 from moiety.adapters.tasks import DERIVED, Task, TaskConfig, require_consistent
@@ -41,6 +42,7 @@ from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.objectives import Objective, build_objectives
 from moiety.tokens.batch import collate, with_neighbors
+from moiety.tokens.labels import Label
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from moiety.training.engine import optimizer_bytes
 from moiety.training.export import save_model
@@ -59,6 +61,7 @@ METHODS = {  # and what results call them
     "head": "pretrained, head only",
     "scratch": "from scratch",
 }
+PROBED = 1000  # structures that a linear probe is fitted to, and tested on
 RESAMPLES = 1000  # of the test structures, for an interval
 Array = np.ndarray
 
@@ -94,6 +97,9 @@ class FinetuneConfig:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: str = "lora"
     replay: ReplayConfig | None = None
+    off_task: str = (
+        ""  # a label that is not trained on: what becomes of it is measured beside the losses of pretraining
+    )
 
     def __post_init__(self) -> None:
         require_consistent(self.tasks)
@@ -240,6 +246,10 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
 def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None) -> list[dict[str, Any]] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
     data = data or LabelledData.open(config.data, config.tasks)
+    if config.off_task and not all(
+        s.corpus.known(Label(config.off_task).column).any() for s in (data.train, data.test)
+    ):
+        raise InputError(f"off_task: {config.off_task!r} is no number that {data.train.corpus.path} has of structures")
     for line in told(data):
         run.progress.note(line)
     model = build_model(config, data.heads)
@@ -271,12 +281,7 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     facts: dict[str, Any] = {"trainable_parameters": trainable, "parameters": total}
     if validation:
         facts |= {"best_step": validation.best_step, "validation": validation.best_score}
-    hidden = any(task.kind == "residues" for task in data.tasks)  # the trunk sees other inputs than the base did
-    if config.method not in ("scratch", "head") and not hidden:
-        facts["forgetting"] = forgotten = measure_forgetting(config, data, trained)
-        for domain, by_objective in forgotten.items():
-            changes = ", ".join(f"{name} {e['base']:.3f} -> {e['now']:.3f}" for name, e in by_objective.items())
-            run.progress.note(f"losses of pretraining, {domain}, base -> fine-tuned: {changes}")
+    facts |= measure_forgetting(run, config, data, trained)
     return write_results(run.path, config, data, output, facts)
 
 
@@ -289,11 +294,24 @@ def load_trained(config: FinetuneConfig, heads: dict[str, Any], weights: dict[st
     return model
 
 
-def measure_forgetting(config: FinetuneConfig, data: LabelledData, trained: nn.Module) -> dict[str, Any]:
-    """See `moiety.adapters.replay.forgetting`."""
+def measure_forgetting(run: Run, config: FinetuneConfig, data: LabelledData, trained: nn.Module) -> dict[str, Any]:
+    """`forgetting` and `off_task` of moiety.adapters.replay, told and returned; none where the trunk is nobody's."""
+    hidden = any(task.kind == "residues" for task in data.tasks)  # the trunk sees other inputs than the base did
+    if config.method in ("scratch", "head") or hidden:
+        return {}
     settings = config.replay.objectives if config.replay else PRETRAINING
     structures = held_out(config.replay, data.test)
-    return forgetting(config.model, trained, structures, build_objectives(settings))
+    losses = forgetting(config.model, trained, structures, build_objectives(settings))
+    for domain, by_objective in losses.items():
+        changes = ", ".join(f"{name} {e['base']:.3f} -> {e['now']:.3f}" for name, e in by_objective.items())
+        run.progress.note(f"losses of pretraining, {domain}, base -> fine-tuned: {changes}")
+    if not config.off_task:
+        return {"forgetting": losses}
+    sets = (subset.read(range(min(PROBED, len(subset))), whole=True) for subset in (data.train, data.test))
+    probe = off_task(config.model, trained, Label(config.off_task), *sets)
+    errors = f"MAE {probe['base']:.3g} -> {probe['now']:.3g}"
+    run.progress.note(f"off task, linear probe of the base for {config.off_task}: {errors}")
+    return {"forgetting": losses, "off_task": probe}
 
 
 def validation_score(config: FinetuneConfig, data: LabelledData, weights: dict[str, Tensor]) -> float:

@@ -22,10 +22,11 @@ from moiety.data.structure import Array, Structure
 from moiety.data.subset import Subset
 from moiety.errors import InputError
 from moiety.models.blocks_moiety import full_precision
-from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.models.modeling_moiety import MoietyForPreTraining, MoietyModel
 from moiety.models.vocabulary_moiety import DOMAINS
 from moiety.objectives import Objective, build_objectives
 from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.tokens.labels import Label
 from moiety.training.config import SourceConfig
 
 MARK = "replay:"  # before the ids of replayed structures
@@ -46,6 +47,10 @@ class ReplayConfig:
         if not 0 < self.share < 1:
             raise InputError(f"replay.share is {self.share}; it is a share of the micro-batches, between 0 and 1")
         build_objectives(self.objectives)
+        if unfit := sorted({"dens", "self_conditioned"} & set(self.objectives)):
+            raise InputError(
+                f"replay.objectives: {', '.join(unfit)} takes forces or a second pass; replay coordinates or blocks"
+            )
 
 
 class Unlabelled:
@@ -173,6 +178,46 @@ def forgetting(
                 before, now = (float(sums[name][d, o, 0] / counts) for name in models)
                 found.setdefault(domain, {})[objective.name] = {"base": before, "now": now, "change": now / before - 1}
     return found
+
+
+@torch.no_grad()
+def off_task(
+    model_dir: str | Path,
+    trained: nn.Module,
+    label: Label,
+    train: Sequence[Structure],
+    test: Sequence[Structure],
+) -> dict[str, float]:
+    """What became of a property that was not trained on: error of a linear probe of the base's pooled features.
+
+    The probe is fitted to the base (ridge) and reads the trained trunk's features as they are.
+
+    Returns:
+        {"base", "now", "mean": MAE on the test structures, the last of the mean; "change": relative}.
+    """
+    sets = [[s for s in structures if label.of(s) is not None] for structures in (train, test)]
+    base = MoietyModel.from_pretrained(str(model_dir)).eval()
+    learned, asked = (label.values(structures).numpy() for structures in sets)
+    features = pooled(base, sets[0])
+    mean, middle = features.mean(0), learned.mean()
+    centred = features - mean
+    normal = centred.T @ centred
+    normal += 1e-3 * np.trace(normal) / len(normal) * np.eye(len(normal))
+    slope = np.linalg.solve(normal, centred.T @ (learned - middle))
+    before, now = (
+        float(np.abs((pooled(model, sets[1]) - mean) @ slope + middle - asked).mean()) for model in (base, trained)
+    )
+    return {"base": before, "now": now, "mean": float(np.abs(asked - middle).mean()), "change": now / before - 1}
+
+
+def pooled(model: nn.Module, structures: Sequence[Structure]) -> Array:
+    """[n, C] float64 graph features."""
+    cutoff: float = model.eval().config.cutoff  # type: ignore[union-attr,assignment]
+    parts = []
+    for start in range(0, len(structures), BATCH):
+        batch = with_neighbors(collate(list(structures[start : start + BATCH])), cutoff)
+        parts.append(model(**batch.inputs()).graph_features.double().numpy())
+    return np.concatenate(parts)
 
 
 def held_out(config: ReplayConfig | None, test: Subset, num: int = 256) -> list[Structure]:
