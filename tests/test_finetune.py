@@ -21,12 +21,11 @@ from moiety.data.structure import Structure
 from moiety.errors import InputError
 from moiety.inference.predict import load_predictor, predict_files
 from moiety.models.configuration_moiety import MoietyConfig
-from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
+from moiety.models.modeling_moiety import MoietyForPrediction
 from moiety.testing import launched
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import load_config
-from moiety.training.export import save_model
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests/data/corpora"
@@ -55,16 +54,6 @@ MORE = {
     "flows_velocity": ["num_train=5", "num_test=2"],
     "interactions_s22": [f"test_corpus={SAMPLES / 's22'}"],
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network that was never trained, exported."""
-    folder = tmp_path_factory.mktemp("base") / "export"
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "edge_channels": 8}
-    save_model(MoietyForPreTraining(MoietyConfig(**shape)), folder)
-    return folder
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

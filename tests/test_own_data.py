@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import write
@@ -24,20 +23,9 @@ from moiety.data.own import assign_splits, read_own
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.errors import InputError
-from moiety.models.configuration_moiety import MoietyConfig
-from moiety.models.modeling_moiety import MoietyForPreTraining
-from moiety.training.export import save_model
 
 SAMPLES = Path(__file__).parent / "data/corpora"
 SMILES = ["C" * n + tail for n in range(1, 9) for tail in ("O", "N", "C(=O)O", "c1ccccc1", "Cl")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "export"
-    torch.manual_seed(0)
-    save_model(MoietyForPreTraining(MoietyConfig(hidden_size=16, num_layers=1, num_heads=2, edge_channels=8)), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,26 +17,16 @@ from moiety.adapters.tasks import Task, TaskConfig
 from moiety.data.shards import Corpus
 from moiety.errors import InputError
 from moiety.inference.predict import load_predictor
-from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.objectives import build_objectives
 from moiety.testing import launched
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import load_config
-from moiety.training.export import save_model
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests/data/corpora"
 DIPOLE = {"dipole": {"kind": "dipole_norm", "std": 1.5, "unit": "D"}}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "export"
-    torch.manual_seed(0)
-    save_model(MoietyForPreTraining(MoietyConfig(hidden_size=16, num_layers=2, num_heads=2, edge_channels=8)), folder)
-    return folder
 
 
 def test_replayed_structures_have_no_labels_and_labelled_ones_no_noise():
