@@ -21,6 +21,7 @@ from moiety.data.structure import Structure
 from moiety.errors import InputError
 from moiety.inference.predict import load_predictor, predict_files
 from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.heads_moiety import TaskHead
 from moiety.models.modeling_moiety import MoietyForPrediction
 from moiety.testing import launched
 from moiety.tokens.batch import collate, with_neighbors
@@ -180,6 +181,35 @@ def test_a_sum_that_is_no_total_energy_is_the_same_at_every_level_of_theory():
     other[0].scalars["interaction_energy"] = -0.2
     assert task.labels(other) == pytest.approx([-0.2])
     assert np.isfinite(baselines(task, train, other)["linear in composition"]).all()
+
+
+def test_an_average_is_the_energy_an_atom():
+    train = alcohols()
+    for s in train:
+        s.scalars["per_atom"] = s.energy / s.num_nodes
+    average = task_of(train, label="per_atom", kind="average", unit="eV/atom")
+    energy = task_of(train, label="energy", kind="energy", unit="eV/atom")
+    assert average.references.elements == energy.references.elements and average.std == pytest.approx(energy.std)
+    assert average.labels(train) == pytest.approx(energy.labels(train))
+    found = [baselines(task, train, train)["linear in composition"] for task in (average, energy)]
+    assert found[0] == pytest.approx(found[1])
+    torch.manual_seed(0)
+    config = MoietyConfig(hidden_size=8, num_layers=1, num_heads=1, edge_channels=4)
+    features, batch = torch.randn(sum(s.num_nodes for s in train), 9, 8), collate(train)
+    heads = [TaskHead(config, **task.head()[task.name]).eval() for task in (average, energy)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    read = (features, batch.positions, batch.node_type, batch.graph_index, batch.num_structures)
+    said = [head(*read).detach().numpy() for head in heads]
+    assert average.answer(said[0], train) == pytest.approx(energy.answer(said[1], train))
+
+
+def test_intensive_numbers_stand_beside_shares_of_elements():
+    train = alcohols()
+    for s in train:
+        s.scalars["mass"] = float(s.node_type.mean())
+    found = baselines(task := task_of(train, label="mass", kind="mean"), train, train)
+    errors = {name: task.error(answers, task.labels(train)) for name, answers in found.items()}
+    assert errors["linear in shares of elements"] < errors["mean predictor"] / 2
 
 
 def test_an_element_without_reference_is_named():

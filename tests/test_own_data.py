@@ -74,6 +74,15 @@ def test_what_grows_with_the_molecule_is_learned_as_a_sum(table: Path):
     assert (size.kind, size.unit, bend.kind, bend.unit) == ("sum", "bohr^3", "mean", "eV")
 
 
+def test_what_the_elements_average_to_is_learned_above_their_average(table: Path):
+    own = read_own(table)
+    rng = np.random.default_rng(0)
+    for s in own.structures:
+        s.scalars["mass"] = float(np.sqrt(s.node_type).mean() + 0.01 * rng.standard_normal())
+    (task,) = choose_tasks(own, "mass", "", "", "mine.csv")
+    assert task.kind == "average"
+
+
 def test_a_label_that_is_not_there_is_named_with_the_nearest(table: Path):
     with pytest.raises(InputError, match=r"no label 'bent'; there are bend, size; did you mean 'bend'"):
         choose_tasks(read_own(table), "bent", "", "", "mine.csv")

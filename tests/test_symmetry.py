@@ -22,7 +22,7 @@ from moiety.models.vocabulary_moiety import ROLE_ID
 
 CORPORA = Path(__file__).parent / "data/corpora"
 KINDS = ("molecule", "crystal", "protein", "complex")
-TASKS = {kind: {"kind": kind} for kind in ("mean", "sum", "dipole_norm", "tensor", "node", "vector")}
+TASKS = {kind: {"kind": kind} for kind in ("mean", "sum", "average", "dipole_norm", "tensor", "node", "vector")}
 TASKS["classes"] = {"kind": "classes", "classes": ["helix", "strand", "coil"]}  # type: ignore[dict-item]
 Outputs = dict[str, Tensor]
 

@@ -31,8 +31,7 @@ def boosted(task: Task, train: Sequence[Structure], test: Sequence[Structure], s
     model.fit(counts(labelled), left)
     answers = model.predict(counts(test)) + offset
     if task.references:
-        totals = np.array([task.references.total(s, task.references.main) for s in test])
-        answers = answers + task.answer(totals, test)
+        answers = answers + task.by_references(test)
     return answers
 
 

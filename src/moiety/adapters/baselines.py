@@ -18,9 +18,10 @@ def baselines(task: Task, train: Sequence[Structure], test: Sequence[Structure])
     """Name -> answers for the test structures, in the shape that `Task.error` takes.
 
     The same for all: mean or most frequent class of the training labels, no vector. And what the elements alone say:
-    ridge regression on how many of each a structure has, of energies the references themselves; mean or most frequent
-    class of the nodes of a type. Of residues also what the sequence says: most frequent class of a residue and its two
-    neighbours, and of the types themselves, of the neighbours alone.
+    ridge regression on how many of each a structure has, and for numbers that do not grow with it on their shares;
+    where there are references, those; mean or most frequent class of the nodes of a type. Of residues also what the
+    sequence says: most frequent class of a residue and its two neighbours, and of the types themselves, of the
+    neighbours alone.
     """
     labels = task.labels(train)
     items = sum(s.num_nodes for s in test) if task.label.per_node else len(test)
@@ -35,7 +36,10 @@ def baselines(task: Task, train: Sequence[Structure], test: Sequence[Structure])
         if task.classifies and any(s.is_residue.any() for s in train):
             found["most frequent class of a 3-mer"] = _by_neighbors(task, labels, train, test)
         return found
-    return {"mean predictor": same, "linear in composition": _by_composition(task, labels, train, test)}
+    found = {"mean predictor": same, "linear in composition": _by_composition(task, labels, train, test)}
+    if task.kind == "mean":
+        found["linear in shares of elements"] = _by_composition(task, labels, train, test, shares=True)
+    return found
 
 
 def _middle(task: Task, labels: Array) -> Array:
@@ -83,15 +87,20 @@ def _words(structures: Sequence[Structure], centre: bool) -> Iterator[tuple[int,
             yield (before, own, after) if centre else (before, after)
 
 
-def _by_composition(task: Task, labels: Array, train: Sequence[Structure], test: Sequence[Structure]) -> Array:
+def _by_composition(
+    task: Task, labels: Array, train: Sequence[Structure], test: Sequence[Structure], shares: bool = False
+) -> Array:
     if task.references:
-        return task.answer(np.array([task.references.total(s, task.references.main) for s in test]), test)
+        return task.by_references(test)
     there = known(labels)
     matrices = task.label.shape == (3, 3)
     numbers = np.trace(labels, axis1=1, axis2=2) / 3 if matrices else labels
-    counts = composition(train)[there]
-    normal = counts.T @ counts + np.eye(counts.shape[1])
-    answers = composition(test) @ np.linalg.solve(normal, counts.T @ numbers[there])
+    counts, asked = composition(train)[there], composition(test)
+    if shares:
+        counts[:, :-1] /= counts[:, :-1].sum(axis=1, keepdims=True)
+        asked[:, :-1] /= asked[:, :-1].sum(axis=1, keepdims=True)
+    normal = counts.T @ counts + (0.01 if shares else 1.0) * np.eye(counts.shape[1])
+    answers = asked @ np.linalg.solve(normal, counts.T @ numbers[there])
     return answers[:, None, None] * np.eye(3) if matrices else answers
 
 

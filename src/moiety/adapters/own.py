@@ -33,6 +33,7 @@ STEPS_AT_1000, FEWEST, MOST = 600, 200, 4000  # steps grow with the square root 
 SCORES = 12  # validation scores in a run that goes to its end
 MIN_STRUCTURES = 20
 EXTENSIVE = 0.5  # error of a sum over elements, of that of a constant: below, a label grows with the structure
+AVERAGE = 0.7  # of a mean over elements, likewise: below, it pays to learn what the elements leave
 
 
 def finetune_own(
@@ -141,21 +142,24 @@ def _kind(structures: Sequence[Structure], target: str, where: str) -> str:
         return "tensor"
     if not any(target in s.scalars for s in structures):
         raise InputError(f"{where}: label {target!r} has a shape that no head reads; kinds are {', '.join(KINDS)}")
-    return "sum" if _is_extensive(structures, target) else "mean"
+    if any(s.is_residue.any() for s in structures):
+        return "mean"
+    better = (("sum", EXTENSIVE), ("average", AVERAGE))
+    return next((kind for kind, most in better if _said_by_elements(structures, target, kind) < most), "mean")
 
 
-def _is_extensive(structures: Sequence[Structure], target: str) -> bool:
-    """Whether a sum over the elements says much more of a number than a constant, on the validation structures."""
+def _said_by_elements(structures: Sequence[Structure], target: str, kind: str) -> float:
+    """Error of a sum or average over the elements, over that of a constant, on the validation structures."""
     train, val = (
         [s for s in structures if s.groups["split"] == split and target in s.scalars] for split in ("train", "val")
     )
-    task = Task.fit(TaskConfig(target, "sum"), train)
+    task = Task.fit(TaskConfig(target, kind), train)
     val = [s for s in val if set(np.unique(s.node_type)) <= {n for t in train for n in np.unique(t.node_type)}]
     if not val or task.references is None:
-        return False
+        return 1.0
     found = baselines(task, train, val)
     true = task.labels(val)
-    return task.error(found["linear in composition"], true) < EXTENSIVE * task.error(found["mean predictor"], true)
+    return task.error(found["linear in composition"], true) / task.error(found["mean predictor"], true)
 
 
 def _unit(own: OwnData, structures: Sequence[Structure], target: str, kind: str) -> str:

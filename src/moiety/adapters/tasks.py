@@ -109,8 +109,9 @@ class Task:
         """
         bare = cls(config)
         labelled = [s for s in train if bare.label.of(s) is not None]
-        if config.kind in TaskHead.EXTENSIVE and labelled:
+        if config.kind in TaskHead.WITH_REFERENCES and labelled:
             energies = np.array([bare.label.of(s) for s in labelled], dtype=np.float64)
+            energies *= [s.num_nodes if bare.averages else 1 for s in labelled]
             references = References.fit(labelled, energies, by_theory=config.kind == "energy")
             bare = dataclasses.replace(bare, references=references)
         values = bare.labels(labelled)
@@ -128,7 +129,7 @@ class Task:
                 f"{' an atom' if config.kind == 'energy' else ''}: nothing to learn"
             )
         sizes = np.array([s.num_nodes for s in labelled])
-        node_std = std if bare.per_atom else std / float(np.sqrt(sizes.mean()))
+        node_std = std if bare.per_atom or bare.averages else std / float(np.sqrt(sizes.mean()))
         return dataclasses.replace(bare, mean=mean, std=std, node_std=node_std)
 
     @property
@@ -150,6 +151,10 @@ class Task:
     @property
     def per_atom(self) -> bool:
         return self.config.unit == "eV/atom"
+
+    @property
+    def averages(self) -> bool:
+        return self.kind == "average"
 
     @cached_property
     def label(self) -> Label:
@@ -175,10 +180,15 @@ class Task:
     def centred(self, values: Array, structures: Sequence[Structure]) -> tuple[float, Array]:
         """Mean, and labels less what it explains; of energies, less the references, that mean is 0."""
         if self.references:
-            totals = np.array([self.references.total(s, self.references.main) for s in structures])
-            return 0.0, values - self._in_unit(totals, structures)
+            return 0.0, values - self.by_references(structures)
         mean = self.middle(values)
         return mean, values - mean * (np.eye(3) if self.label.shape == (3, 3) else 1.0)
+
+    def by_references(self, structures: Sequence[Structure]) -> Array:
+        """[n] what the elements alone say, in the task's unit."""
+        assert self.references is not None
+        totals = np.array([self.references.total(s, self.references.main) for s in structures])
+        return totals / [s.num_nodes if self.per_atom or self.averages else 1 for s in structures]
 
     def head(self) -> dict[str, dict[str, Any]]:
         """The entry of MoietyConfig.tasks; none for a derivative."""

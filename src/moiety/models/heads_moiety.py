@@ -88,6 +88,7 @@ class TaskHead(nn.Module):
     - mean: invariant scalar per structure, of weighted means over nodes (intensive) [B]
     - sum: invariant scalar per structure, sum over nodes of a scalar and of `references`, the part of each element
       (symbol -> value), which are NaN where an element has none [B]
+    - average: the same, a mean over nodes in place of the sum: a formation energy an atom [B]
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
     - tensor: symmetric matrix per structure, sum over nodes (a polarizability) [B,3,3]
     - node: invariant scalar per node [N]
@@ -103,6 +104,7 @@ class TaskHead(nn.Module):
     KINDS: ClassVar[dict[str, tuple[bool, tuple[int, ...]]]] = {  # one value a node; shape of a value
         "mean": (False, ()),
         "sum": (False, ()),
+        "average": (False, ()),
         "dipole_norm": (False, ()),
         "tensor": (False, (3, 3)),
         "node": (True, ()),
@@ -111,7 +113,7 @@ class TaskHead(nn.Module):
         "vector": (True, (3,)),
         "energy": (False, ()),
     }
-    EXTENSIVE = ("sum", "energy")
+    WITH_REFERENCES = ("sum", "average", "energy")
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class TaskHead(nn.Module):
         if kind not in self.KINDS:
             raise ValueError(f"task kind {kind!r} is not one of {', '.join(self.KINDS)}")
         channels, inner = config.hidden_size, config.hidden_size // 2
-        if references and kind not in self.EXTENSIVE:
+        if references and kind not in self.WITH_REFERENCES:
             raise ValueError(f"a task of kind {kind!r} has no references; those are parts of a sum over atoms")
         self.kind, self.mean, self.std, self.unit = kind, mean, std, unit
         self.references: list[float] | None = None  # by node type
@@ -163,13 +165,14 @@ class TaskHead(nn.Module):
         if self.kind in ("classes", "residues"):
             return self.logits(features[:, 0])
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
-        if self.kind in self.EXTENSIVE:
-            learned_B = sum_per_graph(self.mean + self.std * scalar_N, graph_index, num_graphs)
+        if self.kind in self.WITH_REFERENCES:
+            over_nodes = mean_per_graph if self.kind == "average" else sum_per_graph
+            learned_B = over_nodes(self.mean + self.std * scalar_N, graph_index, num_graphs)
             if self.references is None:
                 return learned_B
             # a total energy of 1e5 eV has an error of .01 eV in fp32
             reference_N = positions.new_tensor(self.references, dtype=torch.float64)[node_type]
-            return learned_B + sum_per_graph(reference_N, graph_index, num_graphs)
+            return learned_B + over_nodes(reference_N, graph_index, num_graphs)
         if self.kind == "node":
             value = scalar_N
         else:

@@ -50,8 +50,8 @@ FEATURE_KINDS = {
     "graph_features": Kind(),
 }
 TASK_KINDS = {  # of the heads of MoietyForPrediction
-    "energy": Kind(extensive=True), "sum": Kind(extensive=True), "mean": Kind(), "dipole_norm": Kind(),
-    "node": Kind(per_atom=True), "vector": Kind(rank=1, per_atom=True),
+    "energy": Kind(extensive=True), "sum": Kind(extensive=True), "mean": Kind(), "average": Kind(),
+    "dipole_norm": Kind(), "node": Kind(per_atom=True), "vector": Kind(rank=1, per_atom=True),
 }  # fmt: skip
 
 
