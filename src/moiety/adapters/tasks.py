@@ -150,7 +150,7 @@ class Task:
 
     @property
     def per_atom(self) -> bool:
-        return self.config.unit == "eV/atom"
+        return self.kind == "energy" and self.config.unit == "eV/atom"
 
     @property
     def averages(self) -> bool:
