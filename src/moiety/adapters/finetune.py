@@ -336,13 +336,18 @@ def told(data: LabelledData) -> Iterator[str]:
     for task in data.tasks:
         line = f"{task.name}: {task.num_labels:,} training labels"
         if not task.classifies:
-            line += f", spread {task.std:.4g} {task.config.unit}"
-            line += " about the reference energies" if task.references else f" about {task.mean:.4g}"
+            about = "the reference energies" if task.references else f"{task.mean:.4g}"
+            line += f", spread {_with_unit(f'{task.std:.4g}', task.config.unit)} about {about}"
         yield line
         for theory, elements in (task.references.of_theory if task.references else {}).items():
             values = "  ".join(f"{symbol} {energy:.4f}" for symbol, energy in elements.items())
             level = f" at the level {theory}" if theory else ""
-            yield f"references of the elements, {task.config.label_unit}, by least squares{level}: {values}"
+            of_elements = _with_unit("references of the elements", task.config.label_unit)
+            yield f"{of_elements} by least squares{level}: {values}"
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return f"{text} {unit}" if unit else text
 
 
 @torch.no_grad()
