@@ -91,7 +91,8 @@ def put_adapter(name: str, adapter: str, run: Path, export: Path, out: Path) -> 
     shutil.copyfile(run / "metrics.json", folder / "metrics.json")
     recipe = json.loads((run / "config.json").read_text()) | {"model": config["base_model_name_or_path"]}
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    lines = [f"\n### `{adapter}`\n\n{Path(recipe['data']['corpus']).name}, {recipe['method']}.\n"]
+    manifest = json.loads((Path(recipe["data"]["corpus"]) / "manifest.json").read_text())
+    lines = [f"\n### `{adapter}`\n\nLabels of {manifest['theory']}, corpus {manifest['name']}; {recipe['method']}.\n\n"]
     for entry in json.loads((run / "metrics.json").read_text()):
         results = "; ".join(f"{method} {error:.4g}" for method, error in entry["results"].items())
         lines.append(

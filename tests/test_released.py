@@ -109,10 +109,17 @@ def test_a_release_holds_what_it_takes_to_make_it_again(release: ModuleType, tmp
     fine = tmp_path / "gap"
     shutil.copytree(adapter, fine / "adapter")
     shutil.copyfile(adapter / "metrics.json", fine / "metrics.json")
-    (fine / "config.json").write_text(json.dumps(yaml.safe_load((adapter / "recipe.yaml").read_text())))
+    recipe = yaml.safe_load((adapter / "recipe.yaml").read_text())
+    recipe["data"]["corpus"] = str(SAMPLES / "qm9")
+    (fine / "config.json").write_text(json.dumps(recipe))
     release.release(run, "mine", {"homo": fine}, tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
-    assert 'from_pretrained(moiety.weights("mine"))' in card and "### `homo`" in card and "seed 0" in card
+    assert (
+        'from_pretrained(moiety.weights("mine"))' in card
+        and "### `homo`" in card
+        and "B3LYP" in card
+        and "seed 0" in card
+    )
     assert AutoModel.from_pretrained(tmp_path / "out").config.hidden_size == 80
     other = json.loads((fine / "adapter/adapter_config.json").read_text())
     other["auto_mapping"]["base_fingerprint"] = "0" * 16
@@ -131,6 +138,8 @@ def finished_run(folder: Path) -> Path:
     recipe = yaml.safe_load((TINY / "recipe.yaml").read_text())
     recipe["data"]["sources"] = [{"path": str(SAMPLES / "qm9"), "weight": 1}]
     (run / "config.json").write_text(json.dumps(recipe))
+    card = (TINY / "README.md").read_text()
+    (run / "export/README.md").write_text(card.replace('moiety.weights("tiny")', "DIR, trust_remote_code=True"))
     (run / "run.json").write_text(
         json.dumps({"versions": {"moiety": "0"}, "machine": {"device": "CPU", "processes": 1}})
     )

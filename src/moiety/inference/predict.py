@@ -54,9 +54,10 @@ class Predictor:
         if adapter not in self.adapters:
             raise InputError(f"adapter is {adapter!r}; the trunk has {', '.join(self.adapters)}: name one of them")
         self.model.set_adapter(adapter)
-        tasks = self.adapters[adapter]
-        derived = DERIVED if any(self.tasks[name]["kind"] == "energy" for name in tasks) else {}
-        return {*tasks, *derived}
+        return self._with_derived(self.adapters[adapter])
+
+    def _with_derived(self, tasks: Iterable[str]) -> set[str]:
+        return {*tasks, *(DERIVED if any(self.tasks[name]["kind"] == "energy" for name in tasks) else {})}
 
     def __call__(self, structures: list[Structure], adapter: str | None = None) -> list[dict[str, Any]]:
         """Predictions of one batch: for each structure {task: {"value": number or nested list, "unit": str}}.
@@ -90,10 +91,8 @@ class Predictor:
             able = [structure for structure, elements in zip(structures, missing, strict=True) if not elements]
             answers = iter(self(able, adapter) if able else [])
             for answer, elements in zip(together, missing, strict=True):
-                note = f"no reference energy of {', '.join(elements)}"
-                answer |= (
-                    {name: {"value": None, "unit": "", "note": note} for name in tasks} if elements else next(answers)
-                )
+                unknown = {"value": None, "unit": "", "note": f"no reference energy of {', '.join(elements)}"}
+                answer |= dict.fromkeys(self._with_derived(tasks), unknown) if elements else next(answers)
         return together
 
 
