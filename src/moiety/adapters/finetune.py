@@ -308,10 +308,10 @@ def measure_forgetting(run: Run, config: FinetuneConfig, data: LabelledData, tra
     if not config.off_task:
         return {"forgetting": losses}
     sets = (subset.read(range(min(PROBED, len(subset))), whole=True) for subset in (data.train, data.test))
-    probe = off_task(config.model, trained, Label(config.off_task), *sets)
-    errors = f"MAE {probe['base']:.3g} -> {probe['now']:.3g}"
-    run.progress.note(f"off task, linear probe of the base for {config.off_task}: {errors}")
-    return {"forgetting": losses, "off_task": probe}
+    errors = off_task(config.model, trained, Label(config.off_task), *sets)
+    changes = f"MAE {errors['base']:.3g} -> {errors['now']:.3g}, fitted anew {errors['refit']:.3g}"
+    run.progress.note(f"off task, linear probe of the base for {config.off_task}: {changes}")
+    return {"forgetting": losses, "off_task": errors}
 
 
 def validation_score(config: FinetuneConfig, data: LabelledData, weights: dict[str, Tensor]) -> float:

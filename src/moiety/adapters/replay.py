@@ -188,26 +188,32 @@ def off_task(
     train: Sequence[Structure],
     test: Sequence[Structure],
 ) -> dict[str, float]:
-    """What became of a property that was not trained on: error of a linear probe of the base's pooled features.
-
-    The probe is fitted to the base (ridge) and reads the trained trunk's features as they are.
+    """What became of a property that was not trained on, by linear probes (ridge) of the pooled features.
 
     Returns:
-        {"base", "now", "mean": MAE on the test structures, the last of the mean; "change": relative}.
+        MAE on the test structures: "base", of the base's features and probe; "now", of the trained trunk's features
+        with the base's probe; "refit", with a probe of their own; "mean", of the mean label.
     """
     sets = [[s for s in structures if label.of(s) is not None] for structures in (train, test)]
-    base = MoietyModel.from_pretrained(str(model_dir)).eval()
     learned, asked = (label.values(structures).numpy() for structures in sets)
-    features = pooled(base, sets[0])
-    mean, middle = features.mean(0), learned.mean()
+    base = MoietyModel.from_pretrained(str(model_dir)).eval()
+    before, now = ([pooled(model, structures) for structures in sets] for model in (base, trained))
+    answers = {
+        "base": probe(before[0], learned, before[1]),
+        "now": probe(before[0], learned, now[1]),
+        "refit": probe(now[0], learned, now[1]),
+        "mean": np.full(len(asked), learned.mean()),
+    }
+    return {name: float(np.abs(answer - asked).mean()) for name, answer in answers.items()}
+
+
+def probe(features: Array, labels: Array, asked: Array) -> Array:
+    """[m] ridge regression from features [n, C] and labels [n] to features [m, C]."""
+    mean, middle = features.mean(0), labels.mean()
     centred = features - mean
     normal = centred.T @ centred
     normal += 1e-3 * np.trace(normal) / len(normal) * np.eye(len(normal))
-    slope = np.linalg.solve(normal, centred.T @ (learned - middle))
-    before, now = (
-        float(np.abs((pooled(model, sets[1]) - mean) @ slope + middle - asked).mean()) for model in (base, trained)
-    )
-    return {"base": before, "now": now, "mean": float(np.abs(asked - middle).mean()), "change": now / before - 1}
+    return (asked - mean) @ np.linalg.solve(normal, centred.T @ (labels - middle)) + middle
 
 
 def pooled(model: nn.Module, structures: Sequence[Structure]) -> Array:
