@@ -39,8 +39,8 @@ class ReplayConfig:
     """Which corpora are replayed, and how much of them."""
 
     sources: tuple[SourceConfig, ...]
-    share: float = 0.25  # of the micro-batches
-    weight: float = 0.2  # of the losses of pretraining, beside those of the tasks
+    share: float = 0.5  # of the micro-batches
+    weight: float = 1.0  # of the losses of pretraining, beside those of the tasks
     objectives: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(PRETRAINING))
 
     def __post_init__(self) -> None:
