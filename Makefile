@@ -56,16 +56,15 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What pretraining is worth: paired runs of all methods on tasks of every domain; many hours. MODEL: the base.
-MODEL ?= runs/quickstart/export
+# What pretraining is worth: paired runs of all methods on tasks of every domain; many hours.
 transfer: $(INSTALLED)
 	for corpus in qm9 forces crystals proteins; do \
 		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
-	$(BIN)/python benchmarks/transfer.py --model $(MODEL)
+	$(BIN)/python benchmarks/transfer.py
 
 transfer-quick: $(INSTALLED)
 	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
-	$(BIN)/python benchmarks/transfer.py --quick --model $(MODEL)
+	$(BIN)/python benchmarks/transfer.py --quick
 
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)

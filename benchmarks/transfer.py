@@ -30,6 +30,7 @@ from peers.tables import Sheet, around_marks, fill
 from rich.console import Console
 from rich.progress import track
 
+import moiety
 from moiety.adapters.adapter import base_fingerprint
 from moiety.adapters.finetune import METHODS, FinetuneConfig, LabelledData
 from moiety.errors import InputError
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", type=runs.words(ARMS), default=list(ARMS))
     parser.add_argument("--counts", type=lambda text: [int(word) for word in text.split(",")], default=None)
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2])
-    parser.add_argument("--model", type=Path, default=ROOT / "runs/quickstart/export")
+    parser.add_argument("--model", type=Path, default=moiety.weights(), help="the base; default: that of the package")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/transfer", help="folder of the runs")
     args = parser.parse_args(argv)
     if args.quick:
