@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE, MASK
@@ -128,7 +128,7 @@ def _rigid_bonds(batch: Batch, asked: np.ndarray) -> np.ndarray:
     types = batch.node_type.numpy()[nodes]
     elements = np.where(types < len(ase.data.covalent_radii), types, 6)  # of a masked atom nobody knows it
     apart = batch.positions.double().numpy()[nodes] + APART * batch.graph_index.numpy()[nodes, None]
-    pairs = cKDTree(apart).query_pairs(LONGEST_BOND, output_type="ndarray")
+    pairs = KDTree(apart).query_pairs(LONGEST_BOND, output_type="ndarray")
     length = np.linalg.norm(apart[pairs[:, 0]] - apart[pairs[:, 1]], axis=1)
     bonds = pairs[length < BOND_REACH * ase.data.covalent_radii[elements[pairs]].sum(axis=1)]
     heavy = (elements[bonds] > 1).all(axis=1)
