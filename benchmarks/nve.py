@@ -1,6 +1,6 @@
 """Does a fine-tuned force field conserve energy? A relaxed molecule, 300 K, no thermostat, and the drift that is left.
 
-    python benchmarks/nve.py --model runs/quickstart/export --adapter runs/forces/adapter [--ps 5] [--step 0.5]
+    python benchmarks/nve.py [--model runs/quickstart/export --adapter runs/forces/adapter] [--ps 5] [--step 0.5]
 
 Drift is the slope of a straight line through the total energy; what fluctuates about it is the integrator's.
 """
@@ -22,6 +22,7 @@ from ase.optimize import BFGS
 from rich.console import Console
 from rich.progress import track
 
+import moiety
 from moiety.inference import MoietyCalculator
 
 CHUNK = 100  # steps between two updates of the bar
@@ -29,7 +30,7 @@ CHUNK = 100  # steps between two updates of the bar
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=moiety.weights())
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--molecule", default="CH3CH2OH", help="a name of ase.build.molecule")
     parser.add_argument("--ps", type=float, default=5.0)

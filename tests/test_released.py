@@ -15,13 +15,14 @@ from ase import Atoms
 from ase.build import molecule
 from ase.io import write
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 from typer.testing import CliRunner
 
 import moiety
 from moiety.cli import app
 from moiety.data.shards import Corpus
 from moiety.errors import InputError
+from moiety.inference import MoietyCalculator
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.objectives import build_objectives
 from moiety.tokens.batch import collate, with_neighbors
@@ -102,6 +103,15 @@ def test_files_are_predicted_out_of_the_box(tmp_path: Path) -> None:
     assert 5 < water["gap"]["value"] < 12 and 5 < ethanol["gap"]["value"] < 12  # B3LYP: 9.9 and 8.9 eV
     assert abs(torch.tensor(ethanol["forces"]["value"])).max() < 2, "near its minimum"
     assert xenon["energy"]["value"] is None and "Xe" in xenon["energy"]["note"]
+
+
+def test_the_calculator_and_the_pipeline_find_the_adapters() -> None:
+    atoms = molecule("CH3CH2OH")
+    atoms.calc = MoietyCalculator(TINY)
+    told = pipeline("structure-property", model=str(TINY))(atoms)
+    assert {"gap", "energy", "forces"} <= told.keys()
+    assert atoms.get_potential_energy() == pytest.approx(told["energy"]["value"], abs=1e-4)
+    assert "gap" not in atoms.calc.results, "the other adapter's"
 
 
 def test_a_release_holds_what_it_takes_to_make_it_again(release: ModuleType, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from moiety.data.convert import from_object
 from moiety.errors import InputError
-from moiety.inference.predict import load_predictor
+from moiety.inference.predict import energy_adapter, load_predictor
 
 
 class MoietyCalculator(Calculator):
@@ -36,7 +36,7 @@ class MoietyCalculator(Calculator):
         """
         Args:
             model_dir: an exported model.
-            adapter: the directory of an adapter on it.
+            adapter: the directory of an adapter on it; default: one with energies in the model's own folder `adapters`.
             dtype: of the network; float64 for phonons and long dynamics at small time steps.
             **options: of ASE's Calculator.
 
@@ -44,6 +44,7 @@ class MoietyCalculator(Calculator):
             InputError: no model, no adapter, or neither energy nor forces among the tasks.
         """
         super().__init__(**options)
+        adapter = adapter or energy_adapter(model_dir)
         self.predictor = load_predictor(Path(model_dir), None if adapter is None else Path(adapter))
         tasks = self.predictor.tasks
         self.energy = next((name for name, task in tasks.items() if task["kind"] == "energy"), None)

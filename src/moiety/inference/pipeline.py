@@ -37,7 +37,7 @@ class StructurePropertyPipeline(Pipeline):
         return {"structure": _structure(input_)}
 
     def _forward(self, input_tensors: dict[str, Any], **_: Any) -> dict[str, Any]:
-        return self.predictor([input_tensors["structure"]])[0]
+        return self.predictor.all_answers([input_tensors["structure"]])[0]
 
     def postprocess(self, model_outputs: dict[str, Any], **_: Any) -> dict[str, Any]:
         return model_outputs

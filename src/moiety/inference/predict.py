@@ -142,6 +142,16 @@ def load_predictor(model_dir: Path, adapter: Path | Mapping[str, Path] | None = 
     return Predictor(model.eval(), processor, model.config.tasks or {}, adapters)
 
 
+def energy_adapter(model_dir: str | Path) -> Path | None:
+    """The first of the adapters in a model's own folder that tells energies."""
+    from moiety.adapters.adapter import adapter_facts
+
+    for path in sorted((Path(model_dir) / ADAPTERS).glob("*")):
+        if any(task["kind"] == "energy" for task in adapter_facts(path)["tasks"].values()):
+            return path
+    return None
+
+
 def predict_files(
     predictor: Predictor, paths: Iterable[Path], batch_nodes: int = 2048, all_atom: bool = False
 ) -> Iterator[dict[str, Any]]:

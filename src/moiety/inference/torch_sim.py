@@ -14,7 +14,7 @@ from torch_sim.state import SimState  # pyright: ignore[reportMissingImports]
 
 from moiety.data.structure import Structure
 from moiety.errors import InputError
-from moiety.inference.predict import load_predictor
+from moiety.inference.predict import energy_adapter, load_predictor
 from moiety.models.feature_extraction_moiety import neighbor_list
 from moiety.models.vocabulary_moiety import DOMAIN_ID
 
@@ -35,7 +35,7 @@ class TorchSimModel(ModelInterface):
         """
         Args:
             model_dir: an exported model.
-            adapter: the directory of an adapter on it.
+            adapter: the directory of an adapter on it; default: one with energies in the model's own folder `adapters`.
             device: where the network runs; neighbours are found on the CPU.
             dtype: of the network, and of the states.
 
@@ -43,6 +43,7 @@ class TorchSimModel(ModelInterface):
             InputError: no model, no adapter, or no energy among the tasks.
         """
         super().__init__()
+        adapter = adapter or energy_adapter(model_dir)
         predictor = load_predictor(Path(model_dir), None if adapter is None else Path(adapter))
         energies = [name for name, task in predictor.tasks.items() if task["kind"] == "energy"]
         if not energies:
