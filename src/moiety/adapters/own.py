@@ -154,7 +154,8 @@ def _said_by_elements(structures: Sequence[Structure], target: str, kind: str) -
         [s for s in structures if s.groups["split"] == split and target in s.scalars] for split in ("train", "val")
     )
     task = Task.fit(TaskConfig(target, kind), train)
-    val = [s for s in val if set(np.unique(s.node_type)) <= {n for t in train for n in np.unique(t.node_type)}]
+    seen = np.unique(np.concatenate([s.node_type for s in train]))
+    val = [s for s in val if np.isin(s.node_type, seen).all()]
     if not val or task.references is None:
         return 1.0
     found = baselines(task, train, val)
