@@ -16,9 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from moiety.data.readers import structure_files
 from moiety.data.splits import SPLITS, place
@@ -26,6 +28,7 @@ from moiety.data.structure import Structure
 from moiety.data.validate import REMEDIES, Rejected, Verdict, verdicts
 from moiety.errors import InputError
 
+Item = TypeVar("Item")
 TABLES = (".csv", ".tsv", ".parquet")
 SMILES = re.compile(r"(canonical_?|isomeric_?)?smi(les)?$", re.IGNORECASE)
 UNIT = re.compile(r"^(?P<name>.*?)\s*[\[(](?P<unit>[^\[\]()]+)[\])]$")  # gap [eV], solubility (mol/L)
@@ -64,7 +67,8 @@ def read_own(path: Path, all_atom: bool = False) -> OwnData:
     elif tables:
         data = _files_with_table(path, tables[0], all_atom)
     else:
-        data = OwnData([verdict for file in structure_files([path]) for verdict in verdicts(file, all_atom)])
+        found = (verdict for file in structure_files([path]) for verdict in verdicts(file, all_atom))
+        data = OwnData(list(_shown(found, path)))
     if not data.structures:
         reasons = Counter(f"{verdict.code}: {verdict.reason}" for verdict in data.verdicts)
         first = "; ".join(reason for reason, _ in reasons.most_common(3)) or "there are none"
@@ -83,7 +87,7 @@ def _molecules(path: Path) -> OwnData:
         raise InputError(f"{path}: no column of SMILES among {', '.join(names)}; name it `smiles`")
     labels, units = _label_columns(name for name in names if name != column)
     found = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_shown(rows, path, len(rows))):
         try:
             structure = from_smiles(str(row[column]).strip())
             structure.id, structure.source = f"{path.name}#{number}", path.name
@@ -104,7 +108,7 @@ def _files_with_table(folder: Path, table: Path, all_atom: bool) -> OwnData:
         raise InputError(f"{table}: no column ({', '.join(names)}) has names of files of {folder} in its first row")
     labels, units = _label_columns(name for name in names if name != column)
     found = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_shown(rows, folder, len(rows))):
         name = str(row[column]).strip()
         if name not in files:
             found.append(Verdict(str(table), number, False, "no-file", f"no file {name!r}", REMEDIES["no-file"]))
@@ -114,6 +118,12 @@ def _files_with_table(folder: Path, table: Path, all_atom: bool) -> OwnData:
                 verdict.structure.scalars |= _numbers(row, labels)
             found.append(verdict)
     return OwnData(found, units)
+
+
+def _shown(items: Iterable[Item], path: Path, total: int | None = None) -> Iterable[Item]:
+    """The items, with a bar at a terminal while they are gone through."""
+    console = Console(stderr=True)
+    return track(items, f"reading {path.name}", total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _table(path: Path) -> tuple[list[str], list[Mapping[str, Any]]]:
