@@ -97,9 +97,7 @@ class FinetuneConfig:
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: str = "lora"
     replay: ReplayConfig | None = None
-    off_task: str = (
-        ""  # a label that is not trained on: what becomes of it is measured beside the losses of pretraining
-    )
+    off_task: str = ""  # a label that is not trained on, asked of a linear probe before and after
 
     def __post_init__(self) -> None:
         require_consistent(self.tasks)
@@ -246,9 +244,8 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
 def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None) -> list[dict[str, Any]] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
     data = data or LabelledData.open(config.data, config.tasks)
-    if config.off_task and not all(
-        s.corpus.known(Label(config.off_task).column).any() for s in (data.train, data.test)
-    ):
+    probed = Label(config.off_task).column
+    if config.off_task and not all(part.corpus.known(probed).any() for part in (data.train, data.test)):
         raise InputError(f"off_task: {config.off_task!r} is no number that {data.train.corpus.path} has of structures")
     for line in told(data):
         run.progress.note(line)
