@@ -16,11 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ from paired.runs import Job
 from peers.crew import ROOT, machine
 from peers.tables import Sheet, around_marks, fill
 from rich.console import Console
-from rich.progress import track
 
 from moiety.adapters.finetune import METHODS
 from moiety.errors import InputError
@@ -91,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             if not args.show and part in args.parts:
                 pretrain(part, exports, steps)
                 fine_tune(part, exports, tasks, args.seeds, args.out)
-            found[part] = collect(part, exports, tasks, args.seeds, args.out)
+            found[part] = collect(exports, tasks, args.seeds, args.out)
     except InputError as error:
         print(f"pretraining.py: {error}", file=sys.stderr)
         return 2
@@ -129,16 +125,9 @@ def pretrain(part: str, exports: Mapping[str, Path], steps: int) -> None:
     """Arms that are not finished, one core each; one that was stopped goes on."""
 
     def one(name: str) -> None:
-        command = [sys.executable, ROOT / "pretrain/train.py", *words(PARTS[part][name], steps)]
-        command += ["--out", exports[name].parent]
-        done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True)
-        if done.returncode:
-            raise InputError(f"{name}: exit {done.returncode}\n{done.stderr.decode()[-2000:]}")
+        runs.call(name, "pretrain/train.py", *words(PARTS[part][name], steps), "--out", exports[name].parent)
 
-    waiting = [name for name, export in exports.items() if not export.exists()]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for _ in track(pool.map(one, waiting), "pretraining", total=len(waiting), console=Console(stderr=True)):
-            pass
+    runs.side_by_side(one, [name for name, export in exports.items() if not export.exists()], "pretraining")
 
 
 def words(arm: Arm, steps: int) -> list[str]:
@@ -166,7 +155,7 @@ def fine_tune(part: str, exports: Mapping[str, Path], tasks: Sequence[str], seed
     runs.run(jobs_of(tasks, seeds, "scratch"), next(iter(exports.values())), out / "scratch")
 
 
-def collect(part: str, exports: Mapping[str, Path], tasks: Sequence[str], seeds: Sequence[int], out: Path) -> Errors:
+def collect(exports: Mapping[str, Path], tasks: Sequence[str], seeds: Sequence[int], out: Path) -> Errors:
     """Of what is finished."""
     found: Errors = {}
     arms = {"from scratch": ("scratch", out / "scratch")}

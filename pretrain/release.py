@@ -3,7 +3,7 @@
     python pretrain/release.py runs/released tiny gap=runs/released/gap forces=runs/released/forces
 
 What `moiety.weights(NAME)` then returns holds the export without its code, which the package has, the recipe, and the
-adapters. The card gains where the weights come from: recipe, corpora by fingerprint, seed, commit.
+adapters. The card gains where the weights come from: recipe, seed, versions, corpora by the hash of their manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -48,13 +49,25 @@ def release(run: Path, name: str, adapters: dict[str, Path], out: Path) -> None:
     Raises:
         InputError: something is missing in the run, an adapter belongs to another base, or all of it is too large.
     """
-    export = run / "export"
-    for needed in (export / "probe.json", run / "config.json", run / "run.json"):
+    for needed in (run / "export/probe.json", run / "config.json", run / "run.json"):
         if not needed.is_file():
             raise InputError(f"{needed} is missing; give a finished run of pretrain/train.py")
-    aside = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent) as place:
+        aside = Path(place) / name
+        gather(run, name, adapters, aside)
+        size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
+        if size > MOST_BYTES:
+            raise InputError(f"{run}: {size:,} bytes; weights in the package have at most {MOST_BYTES:,}")
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+    print(f"{out}: {size:,} bytes, base {base_fingerprint(out)}, adapters: {', '.join(adapters) or 'none'}")
+
+
+def gather(run: Path, name: str, adapters: dict[str, Path], aside: Path) -> None:
+    """All files of the directory, into an empty one."""
+    export = run / "export"
+    aside.mkdir()
     for file in KEPT:
         shutil.copyfile(export / file, aside / file)
     config = json.loads((aside / "config.json").read_text())
@@ -68,12 +81,6 @@ def release(run: Path, name: str, adapters: dict[str, Path], out: Path) -> None:
     card = card.replace("DIR, trust_remote_code=True", f'moiety.weights("{name}")')
     answers = "\n## Adapters\n\nIn `adapters/`; `moiety predict` asks all of them.\n" if rows else ""
     write_text(aside / "README.md", card + origin(run, recipe) + answers + "".join(rows))
-    size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
-    if size > MOST_BYTES:
-        raise InputError(f"{run}: {size:,} bytes; weights in the package have at most {MOST_BYTES:,}")
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
-    print(f"{out}: {size:,} bytes, base {base_fingerprint(out)}, adapters: {', '.join(adapters) or 'none'}")
 
 
 def put_adapter(name: str, adapter: str, run: Path, export: Path, out: Path) -> str:

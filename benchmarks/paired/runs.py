@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,6 @@ from moiety.errors import InputError
 
 SETTINGS = ROOT / "benchmarks/results/transfer_rates.json"
 PILOT = 1000  # labels
-MANY = 3000  # and more labels have MOST steps
-STEPS = {100: 300, 1000: 600}
-MOST = 3000
 NUM_VAL = 500
 
 
@@ -74,7 +71,7 @@ class Job:
     def words(self, model: str) -> list[str]:
         """Arguments of finetune/lora.py."""
         task = TASKS[self.task]
-        steps = STEPS.get(self.count, MOST if self.count >= MANY else STEPS[1000])
+        steps = 300 if self.count <= 100 else 600 if self.count < 3000 else 3000
         words = [f"num_val={NUM_VAL}", *task.changes, f"model={model}", f"method={self.arm}", f"num_train={self.count}"]
         words += [f"steps={steps}", f"checkpoint_every={steps // 6}", "patience=6", f"lr={self.rate:g}"]
         words += [f"training.seed={self.seed}", f"data.seed={self.seed}", *(["num_test=8"] if self.pilot else [])]
@@ -96,17 +93,30 @@ def words(known: Iterable[str]) -> Any:
 def run(jobs: Sequence[Job], model: Path, out: Path) -> None:
     """Those that are not finished, one core each."""
     waiting = [job for job in jobs if not (out / job.name / "metrics.json").exists()]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        done = pool.map(lambda job: finetune(job, model, out), waiting)
-        for _ in track(done, "fine-tuning", total=len(waiting), console=Console(stderr=True)):
-            pass
+    side_by_side(lambda job: finetune(job, model, out), waiting, "fine-tuning")
 
 
 def finetune(job: Job, model: Path, out: Path) -> None:
-    command = [sys.executable, ROOT / "finetune/lora.py", *job.words(str(model)), "--out", out / job.name]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True)
+    call(job.name, "finetune/lora.py", *job.words(str(model)), "--out", out / job.name)
+
+
+def side_by_side(work: Callable[[Any], None], items: Sequence[Any], what: str) -> None:
+    """As many at a time as there are cores, with a bar."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for _ in track(pool.map(work, items), what, total=len(items), console=Console(stderr=True)):
+            pass
+
+
+def call(name: str, script: str, *words: str | Path) -> None:
+    """A script of the project, on one core.
+
+    Raises:
+        InputError: it failed; with its last words.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, ROOT / script, *words], env=env, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{job.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
+        raise InputError(f"{name}: exit {done.returncode}\n{done.stderr[-2000:]}")
 
 
 def read_rates() -> dict[str, dict[str, float]]:

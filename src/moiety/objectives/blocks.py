@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE, MASK
 from moiety.objectives.base import Objective, log_uniform, remove_mean, sum_by_structure
+from moiety.objectives.coordinates import CoordinateDenoisingConfig
 from moiety.tokens.batch import Batch
 
 TURN = 2.5  # rad per Å of shift: 0.1 rad go with 0.04 Å, as in the paper
@@ -32,12 +33,10 @@ STILL = 1e-3  # a structure whose blocks move less, in shifts, is one block
 
 
 @dataclass(frozen=True)
-class BlockDenoisingConfig:
-    sigma_min: float = 0.01  # Å, root mean square of what a coordinate moves
-    sigma_max: float = 0.30  # Å
-    hide_sigma: float = 0.2  # share of structures that are not told their noise level
+class BlockDenoisingConfig(CoordinateDenoisingConfig):
+    """`sigma` is the root mean square of what a coordinate moves."""
+
     residues: float = 6.0  # mean length of a stretch of residues
-    weight: float = 1.0
 
 
 class BlockDenoising(Objective):
