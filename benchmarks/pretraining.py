@@ -24,17 +24,21 @@ from typing import Any
 
 import numpy as np
 from paired import runs
+from paired.ledger import Ledger
 from paired.runs import TASKS as FINE_TUNINGS
 from paired.runs import Job
 from peers.crew import ROOT, machine
 from peers.tables import Sheet, around_marks, fill
 from rich.console import Console
 
+import moiety
+from moiety.adapters.adapter import base_fingerprint
 from moiety.adapters.finetune import METHODS
 from moiety.errors import InputError
 
 PAGE = ROOT / "docs/pretraining.md"
 RESULTS = ROOT / "benchmarks/results/pretraining.json"
+TRANSFER = ROOT / "benchmarks/results/transfer.json"
 LABELS = 1000
 TYPES = {"types": {"weight": 0.2}}
 SIGMA = {"sigma_min": 0.02, "sigma_max": 0.25}
@@ -139,12 +143,16 @@ def words(arm: Arm, steps: int) -> list[str]:
     return [*given, f"steps={round(steps * arm.steps)}"]
 
 
+def rate_of(task: str, method: str) -> float | None:
+    """That of the pilots of transfer.py."""
+    return Ledger.open(TRANSFER, base_fingerprint(moiety.weights())).rate(task, method)
+
+
 def jobs_of(tasks: Sequence[str], seeds: Sequence[int], method: str) -> list[Job]:
-    rates = runs.read_rates()
-    for task in tasks:
-        if method not in rates.get(task, {}):
-            raise InputError(f"no learning rate of {method} for {task}; run transfer.py --pilot --tasks {task}")
-    return [Job(task, method, LABELS, seed, rates[task][method]) for seed in seeds for task in tasks]
+    rates = {task: rate_of(task, method) for task in tasks}
+    if missing := [task for task, rate in rates.items() if rate is None]:
+        raise InputError(f"no learning rate of {method} for {missing[0]}; run transfer.py --pilot --tasks {missing[0]}")
+    return [Job(task, method, LABELS, seed, rates[task]) for seed in seeds for task in tasks]
 
 
 def fine_tune(part: str, exports: Mapping[str, Path], tasks: Sequence[str], seeds: Sequence[int], out: Path) -> None:
@@ -160,10 +168,9 @@ def collect(exports: Mapping[str, Path], tasks: Sequence[str], seeds: Sequence[i
     found: Errors = {}
     arms = {"from scratch": ("scratch", out / "scratch")}
     arms |= {name: ("lora", export.parent / "transfer") for name, export in exports.items()}
-    rates = runs.read_rates()
     for name, (method, where) in arms.items():
-        for job in jobs_of([task for task in tasks if method in rates.get(task, {})], seeds, method):
-            if (where / job.name / "metrics.json").exists():
+        for job in jobs_of([task for task in tasks if rate_of(task, method)], seeds, method):
+            if runs.finished(job, where):
                 error = runs.read(where / job.name, job.task)["results"][METHODS[method]]
                 found.setdefault(name, {}).setdefault(job.task, {})[job.seed] = error
     return found

@@ -6,10 +6,11 @@
     python benchmarks/transfer.py [--tasks ...] [--counts 100,1000] [--arms ...] [--seeds 0,1,2]
     python benchmarks/transfer.py --show                      what is there by now; runs nothing
 
-Every run is one `finetune/lora.py` on one core, as many at a time as there are cores; finished ones are not run again.
+Every run is one `finetune/lora.py` on one core, as many at a time as there are cores. What is finished, or stands in
+benchmarks/results/transfer.json, is not run again.
 A seed fixes the training labels, their order and fresh weights, for all arms alike; arms have the same steps, the same
 test set, and the weights of their best validation score. Each arm's learning rate is the best of three on validation,
-at 1,000 labels (seed 0) of the task. Writes benchmarks/results/transfer.json and the tables of docs/transfer.md.
+at 1,000 labels (seed 0) of the task. Writes that file, and the tables of docs/transfer.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from paired import runs
 from paired.fingerprints import NAME as FINGERPRINT
 from paired.fingerprints import boosted
+from paired.ledger import Errors, Ledger
 from paired.runs import PILOT, TASKS, Job
 from peers.crew import ROOT, machine
 from peers.tables import Sheet, around_marks, fill
@@ -48,34 +50,36 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         around_marks(PAGE)
-        out = args.out / base_fingerprint(args.model)  # results of one base
         if not (args.model / "config.json").is_file():
             raise InputError(f"{args.model}: no model here; pretrain one, or give --model")
+        out = args.out / base_fingerprint(args.model)  # runs of one base
+        ledger = Ledger.open(RESULTS, out.name)
         if not args.show:
-            pilot(args.tasks, args.arms, args.model, out / "pilot")
-        if not (args.show or args.pilot):
-            jobs = jobs_of(args.tasks, args.counts, args.arms, args.seeds)
-            runs.run(jobs, args.model, out)
-            boost(jobs, args.model, out)
+            pilots = pilots_of(args.tasks, args.arms)
+            runs.run([job for job in pilots if not ledger.has(job)], args.model, out / "pilot")
+        collect(ledger, pilots_of(list(TASKS), list(ARMS)), out / "pilot")
+        jobs = [] if args.show or args.pilot else jobs_of(ledger, args.tasks, args.counts, args.arms, args.seeds)
+        runs.run([job for job in jobs if not ledger.has(job)], args.model, out)
+        boost([job for job in jobs if f"{job.seed}" not in ledger.of(job).get(FINGERPRINT, {})], args.model, out)
     except InputError as error:
         print(f"transfer.py: {error}", file=sys.stderr)
         return 2
-    found = collect(jobs_of(list(TASKS), every_count(), list(ARMS), args.seeds), out)
-    if found:
-        sheets = [sheet(found, task) for task in found]
-        for one in sheets:
-            one.show(Console())
-        write(found, sheets, args.model)
+    collect(ledger, jobs_of(ledger, list(TASKS), every_count(), list(ARMS), args.seeds), out)
+    sheets = [sheet(ledger.errors, task) for task in ledger.errors]
+    for one in sheets:
+        one.show(Console())
+    write(ledger, sheets)
     return 0
 
 
-def jobs_of(tasks: Sequence[str], counts: Sequence[int], arms: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+def jobs_of(
+    ledger: Ledger, tasks: Sequence[str], counts: Sequence[int], arms: Sequence[str], seeds: Sequence[int]
+) -> list[Job]:
     """At the rates that the pilots found, few labels first; arms without a rate are left out."""
-    rates = runs.read_rates()
     return [
-        Job(task, arm, count, seed, rates[task][arm])
+        Job(task, arm, count, seed, rate)
         for count in counts for seed in seeds for task in tasks for arm in arms
-        if count in TASKS[task].counts and arm in rates.get(task, {})
+        if count in TASKS[task].counts and (rate := ledger.rate(task, arm))
     ]  # fmt: skip
 
 
@@ -115,34 +119,18 @@ def boost(jobs: Sequence[Job], model: Path, out: Path) -> None:
         (out / job.draw).write_text(json.dumps({FINGERPRINT: error}) + "\n")
 
 
-def pilot(tasks: Sequence[str], arms: Sequence[str], model: Path, out: Path) -> None:
-    """Tries the learning rates, and keeps for each task and arm the one of the lowest validation score."""
-    jobs = [Job(task, arm, PILOT, 0, rate, pilot=True) for task in tasks for arm in arms for rate in ARMS[arm]]
-    runs.run(jobs, model, out)
-    scores: dict[tuple[str, str], dict[float, float]] = {}
+def pilots_of(tasks: Sequence[str], arms: Sequence[str]) -> list[Job]:
+    return [Job(task, arm, PILOT, 0, rate, pilot=True) for task in tasks for arm in arms for rate in ARMS[arm]]
+
+
+def collect(ledger: Ledger, jobs: Sequence[Job], out: Path) -> None:
+    """What is finished, into the ledger."""
     for job in jobs:
-        scores.setdefault((job.task, job.arm), {})[job.rate] = runs.read(out / job.name, job.task)["validation"]
-    rates = runs.read_rates()
-    for (task, arm), found in scores.items():
-        rates.setdefault(task, {})[arm] = min(found, key=lambda rate: found[rate])
-    runs.SETTINGS.parent.mkdir(exist_ok=True)
-    runs.SETTINGS.write_text(json.dumps(rates, indent=1) + "\n")
-
-
-Errors = dict[str, dict[str, dict[str, dict[int, float]]]]
-
-
-def collect(jobs: Sequence[Job], out: Path) -> Errors:
-    """Task -> labels -> arm or baseline -> seed -> test error, of what is finished."""
-    found: Errors = {}
-    for job in jobs:
-        if not (out / job.name / "metrics.json").exists():
-            continue
-        by_name = found.setdefault(job.task, {}).setdefault(f"{job.count}", {})
-        others = json.loads((out / job.draw).read_text()) if (out / job.draw).exists() else {}
-        for name, value in (runs.read(out / job.name, job.task)["results"] | others).items():
-            by_name.setdefault(name, {})[job.seed] = value  # every arm reports the same baselines
-    return found
+        if runs.finished(job, out):
+            entry = runs.read(out / job.name, job.task)
+            if (out / job.draw).exists():
+                entry["results"] |= json.loads((out / job.draw).read_text())
+            ledger.add(job, entry)
 
 
 def sheet(found: Errors, task: str) -> Sheet:
@@ -159,16 +147,17 @@ def sheet(found: Errors, task: str) -> Sheet:
     return Sheet(title, ["method", *(f"{int(count):,} labels" for count in counts)], rows)
 
 
-def write(found: Errors, sheets: Sequence[Sheet], model: Path) -> None:
+def write(ledger: Ledger, sheets: Sequence[Sheet]) -> None:
     """The figures, the tables of the page, and its plot."""
     where = machine({})
-    facts = {"machine": where, "base": base_fingerprint(model), "rates": runs.read_rates(), "errors": found}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
-    head = f"Measured on {where['date']}, commit {where['commit']}, base {facts['base']}; mean and standard deviation."
-    picture = "![Error against labels](../benchmarks/results/transfer.svg)"
-    fill(PAGE, "\n\n".join([head, picture, *(one.markdown() for one in sheets)]))
-    plot(found, RESULTS.with_suffix(".svg"))
+    ledger.write(RESULTS, machine=where)
+    if sheets:
+        head = (
+            f"Measured on {where['date']}, commit {where['commit']}, base {ledger.base}; mean and standard deviation."
+        )
+        picture = "![Error against labels](../benchmarks/results/transfer.svg)"
+        fill(PAGE, "\n\n".join([head, picture, *(one.markdown() for one in sheets)]))
+        plot(ledger.errors, RESULTS.with_suffix(".svg"))
 
 
 def plot(found: Errors, path: Path) -> None:

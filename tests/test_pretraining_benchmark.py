@@ -23,8 +23,7 @@ def pretraining(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     page = tmp_path / "pretraining.md"
     page.write_text(module.PAGE.read_text())
     monkeypatch.setattr(module, "PAGE", page)
-    rates = {task: {"lora": 5e-3, "scratch": 1e-3} for task in module.FINE_TUNINGS}
-    monkeypatch.setattr(module.runs, "read_rates", lambda: rates)
+    monkeypatch.setattr(module, "rate_of", lambda task, method: {"lora": 5e-3, "scratch": 1e-3}[method])
     return module
 
 
@@ -74,7 +73,7 @@ def test_a_task_without_a_rate_is_named(
     pretraining: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ):
     monkeypatch.setattr(pretraining, "pretrain", lambda *_: None)
-    monkeypatch.setattr(pretraining.runs, "read_rates", dict)
+    monkeypatch.setattr(pretraining, "rate_of", lambda task, method: None)
     assert pretraining.main(["objectives", "--out", str(tmp_path)]) == 2
     assert "transfer.py --pilot --tasks dipole" in capsys.readouterr().err
     with pytest.raises(SystemExit):

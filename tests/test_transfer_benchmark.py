@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def transfer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("transfer")
-    monkeypatch.setattr(module.runs, "SETTINGS", tmp_path / "results/rates.json")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results/transfer.json")
     page = tmp_path / "transfer.md"
     page.write_text(module.PAGE.read_text())
@@ -63,18 +63,19 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     calls: list[list[str]] = []
     monkeypatch.setattr(transfer.runs, "finetune", canned(transfer, calls))
     monkeypatch.setattr(transfer, "boost", boosted)
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.json").write_text("{}")
-    words = ["--quick", "--model", str(tmp_path / "base"), "--out", str(tmp_path / "runs")]
+    words = ["--quick", "--out", str(tmp_path / "runs")]
     assert transfer.main(words) == 0
-    rates = json.loads(transfer.runs.SETTINGS.read_text())
-    assert rates == {"dipole": {"scratch": 2e-3, "lora": 2e-3}}
+    pilots = json.loads(transfer.RESULTS.read_text())["pilots"]["dipole"]
+    assert pilots.keys() == {"scratch", "lora"} and len(pilots["lora"]) == 3
     page = transfer.PAGE.read_text()
     assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in page and "| mean predictor | 9 (+329%) |" in page
     assert "Not measured yet" not in page
     done = len(calls)
     assert done == 2 * 3 + 2 * 3, "pilots and seeds"
     assert transfer.main(words) == 0 and len(calls) == done, "what is finished is not run again"
+    shutil.rmtree(tmp_path / "runs")
+    assert transfer.main(words) == 0 and len(calls) == done, "nor what the repository has"
+    assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in transfer.PAGE.read_text()
     assert transfer.main([*words, "--show"]) == 0
     assert "fingerprint" in page and transfer.RESULTS.with_suffix(".svg").stat().st_size > 1000
 
@@ -82,3 +83,15 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
 def test_a_missing_base_is_an_error(transfer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert transfer.main(["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
     assert "no model here" in capsys.readouterr().err
+
+
+def test_another_base_keeps_what_does_not_depend_on_it(transfer: Any, tmp_path: Path):
+    ledger = transfer.Ledger("one", {"gap": {"scratch": {"0.001": 0.3}, "lora": {"0.005": 0.2}}})
+    for arm in ("scratch", "lora"):
+        entry = {"results": {transfer.METHODS[arm]: 0.5, "mean predictor": 1.0}}
+        ledger.add(transfer.Job("gap", arm, 1000, 0, 1e-3), entry)
+    ledger.write(tmp_path / "ledger.json")
+    assert transfer.Ledger.open(tmp_path / "ledger.json", "one") == ledger
+    other = transfer.Ledger.open(tmp_path / "ledger.json", "two")
+    assert other.rate("gap", "scratch") == 1e-3 and other.rate("gap", "lora") is None
+    assert other.errors["gap"]["1000"] == {"from scratch": {"0": 0.5}, "mean predictor": {"0": 1.0}}

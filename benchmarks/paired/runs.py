@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from rich.progress import track
 
 from moiety.errors import InputError
 
-SETTINGS = ROOT / "benchmarks/results/transfer_rates.json"
 PILOT = 1000  # labels
 NUM_VAL = 500
 
@@ -92,7 +91,7 @@ def words(known: Iterable[str]) -> Any:
 
 def run(jobs: Sequence[Job], model: Path, out: Path) -> None:
     """Those that are not finished, one core each."""
-    waiting = [job for job in jobs if not (out / job.name / "metrics.json").exists()]
+    waiting = [job for job in jobs if not finished(job, out)]
     side_by_side(lambda job: finetune(job, model, out), waiting, "fine-tuning")
 
 
@@ -119,8 +118,8 @@ def call(name: str, script: str, *words: str | Path) -> None:
         raise InputError(f"{name}: exit {done.returncode}\n{done.stderr[-2000:]}")
 
 
-def read_rates() -> dict[str, dict[str, float]]:
-    return json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {}
+def finished(job: Job, out: Path) -> bool:
+    return (out / job.name / "metrics.json").exists()
 
 
 def read(folder: Path, task: str) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def read(folder: Path, task: str) -> dict[str, Any]:
     return next(entry for entry in entries if entry["target"] == TASKS[task].target)
 
 
-def cell(by_seed: dict[int, float], scratch: dict[int, float]) -> str:
+def cell(by_seed: Mapping[Any, float], scratch: Mapping[Any, float]) -> str:
     """Mean ± standard deviation, and the change against scratch over the seeds that both have."""
     if not by_seed:
         return "–"

@@ -1,7 +1,8 @@
 """Teachers: models that label structures where no measurement and no DFT is at hand. A teacher is named in `theory`.
 
 SevenNet-0 (Park et al. 2024, doi:10.1021/acs.jctc.4c00190) labels crystals and surfaces, GFN2-xTB (Bannwarth et al.
-2019, doi:10.1021/acs.jctc.8b01176) open molecules, with their answer to an electric field too. Both come with the extra
+2019, doi:10.1021/acs.jctc.8b01176) open molecules, with their answer to an electric field too; GFN1-xTB (Grimme et al.
+2017, doi:10.1021/acs.jctc.7b00118) is the level below it that pretraining may learn from. All come with the extra
 `moiety[labels]`, weights included. Labels are kept in $MOIETY_CACHE/labels under a hash of teacher, version and
 structure, so that a rebuild takes seconds.
 """
@@ -27,6 +28,7 @@ from moiety.data.structure import Array, Structure
 from moiety.errors import InputError
 
 DIGEST_BYTES = 16
+DEBYE = 0.20819433  # e·Å
 FIELD = 5e-4  # hartree/(e bohr), for finite differences: polarizabilities at half of it differ by 2e-5 of themselves
 
 
@@ -73,7 +75,33 @@ class Response:
         structure.tensors["polarizability"] = self.polarizability
 
 
-Kind = TypeVar("Kind", Labels, Response)
+@dataclass(frozen=True)
+class Electronic:
+    """What a teacher with orbitals says of a molecule; it must be neutral, or the dipole has no meaning."""
+
+    energy: float  # eV
+    forces: Array  # [N, 3] eV/Å
+    charges: Array  # [N] e, Mulliken
+    dipole: Array  # [3] e·Å
+    gap: float  # eV, between the highest occupied orbital and the lowest empty one
+
+    def pack(self) -> bytes:
+        parts = [[self.energy, self.gap], self.dipole, self.charges, np.ravel(self.forces)]
+        return np.concatenate(parts).astype("<f8").tobytes()
+
+    @classmethod
+    def unpack(cls, data: bytes, num_nodes: int) -> Electronic:
+        numbers = np.frombuffer(data, "<f8").copy()
+        charges, forces = np.split(numbers[5:], [num_nodes])
+        return cls(float(numbers[0]), forces.reshape(-1, 3), charges, numbers[2:5], float(numbers[1]))
+
+    def fill(self, structure: Structure) -> None:
+        structure.energy, structure.forces, structure.dipole = self.energy, self.forces, self.dipole
+        structure.scalars |= {"gap": self.gap, "dipole": float(np.linalg.norm(self.dipole)) / DEBYE}
+        structure.node_scalars["mulliken"] = self.charges
+
+
+Kind = TypeVar("Kind", Labels, Response, Electronic)
 
 
 class Teacher(Protocol[Kind]):
@@ -172,12 +200,36 @@ class GFN2xTBResponse:
         return calculator.singlepoint().get("dipole")
 
 
-def _xtb(structure: Structure) -> Any:
+class GFN1xTB:
+    """The semi-empirical method GFN1-xTB, for neutral closed-shell molecules of elements up to radon."""
+
+    theory = "GFN1-xTB"
+    package = "tblite"
+    gives = Electronic
+
+    def knows(self, structure: Structure) -> bool:
+        return (structure.charge, structure.spin) == (0, 1) and GFN2xTB().knows(structure)
+
+    def label(self, structure: Structure) -> Electronic:
+        from ase.units import Bohr, Hartree
+
+        result = _xtb(structure, self.theory).singlepoint()
+        levels, occupied = result.get("orbital-energies"), result.get("orbital-occupations") > 1
+        return Electronic(
+            energy=result.get("energy") * Hartree,
+            forces=-result.get("gradient") * Hartree / Bohr,
+            charges=result.get("charges"),
+            dipole=result.get("dipole") * Bohr,
+            gap=float(levels[~occupied].min() - levels[occupied].max()) * Hartree,
+        )
+
+
+def _xtb(structure: Structure, method: str = GFN2xTB.theory) -> Any:
     from ase.units import Bohr
     from tblite.interface import Calculator  # pyright: ignore[reportMissingImports]
 
     numbers, positions = structure.node_type, structure.positions / Bohr
-    calculator = Calculator("GFN2-xTB", numbers, positions, float(structure.charge), structure.spin - 1)
+    calculator = Calculator(method, numbers, positions, float(structure.charge), structure.spin - 1)
     calculator.set("verbosity", 0)
     return calculator
 
