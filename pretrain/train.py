@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.adapters.tasks import lines_of
 from moiety.objectives import build_objectives
 from moiety.training.config import PretrainConfig, load_config
 from moiety.training.export import export
 from moiety.training.loop import fit
 from moiety.training.mixture import Mixture
+from moiety.training.multitask import build
 from moiety.training.plan import print_plan
 from moiety.training.run import Run
 from moiety.training.script import run_script
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     config = load_config(PretrainConfig, args.config, args.overrides)  # unknown key: error with the nearest one
-    shape, objectives = config.model_config(), build_objectives(config.objectives)
+    config.model_config(), build_objectives(config.objectives)  # faults are told before anything is read
     if args.plan:
         print_plan(config)
         return 0
@@ -43,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("runs", Path(args.config).stem)
     with Run.open(out, config, fresh=args.fresh) as run:  # resumes by itself
         torch.manual_seed(config.training.seed)  # the same weights on every rank
-        model = MoietyForPreTraining(shape)
+        model, objectives, tasks = build(config, mixture)
+        for line in lines_of(tasks):
+            run.progress.note(line)
         fit(run, model, mixture, objectives, config.optimizer, config.training)
         export(run, mixture)
     return 0

@@ -28,8 +28,8 @@ from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 
 SAMPLES = Path(__file__).parent / "data" / "corpora"
 NAMES = (
-    "ccd", "complexes", "crystals", "flows", "forces", "freesolv", "interactions", "polarizabilities", "proteins",
-    "qm9", "s22", "surfaces",
+    "ccd", "complexes", "crystals", "flows", "forces", "freesolv", "gfn1", "interactions", "polarizabilities",
+    "proteins", "qm9", "s22", "surfaces",
 )  # fmt: skip
 FULL_COUNTS = {
     "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642,

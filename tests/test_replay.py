@@ -12,9 +12,10 @@ import torch
 
 from moiety.adapters.adapter import AdapterSettings, add_adapter, load_base
 from moiety.adapters.finetune import FinetuneConfig
-from moiety.adapters.replay import MARK, PRETRAINING, Replayed, Unlabelled, WithPretrainingHeads, forgetting, off_task
+from moiety.adapters.replay import PRETRAINING, ReplayConfig, forgetting, off_task, replayed, with_frozen_heads
 from moiety.adapters.tasks import Task, TaskConfig
 from moiety.data.shards import Corpus
+from moiety.data.subset import Unlabelled
 from moiety.errors import InputError
 from moiety.inference.predict import load_predictor
 from moiety.models.modeling_moiety import MoietyForPreTraining
@@ -22,7 +23,7 @@ from moiety.objectives import build_objectives
 from moiety.testing import launched
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
-from moiety.training.config import load_config
+from moiety.training.config import SourceConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests/data/corpora"
@@ -33,11 +34,14 @@ def test_replayed_structures_have_no_labels_and_labelled_ones_no_noise():
     corpus = Corpus.open(SAMPLES / "qm9", split="train")
     labelled = corpus.read(range(4), whole=True)
     task = Task.fit(TaskConfig("dipole", "dipole_norm", "D"), labelled)
-    replayed = Unlabelled(corpus).read(range(4), whole=True)
-    assert all(s.id.startswith(MARK) and not s.scalars for s in replayed)
-    coordinates = Replayed(build_objectives({"coordinates": {}})[0], weight=0.2)
-    for structures, is_replayed in ((labelled, False), (replayed, True)):
-        batch = collate(structures, labels=task.objective().labels)
+    bare = Unlabelled(corpus).read(range(4), whole=True)
+    assert not any(s.scalars for s in bare)
+    learned = task.objective()
+    config = ReplayConfig((SourceConfig("any"),), weight=0.2, objectives={"coordinates": {"weight": 3}})
+    (coordinates,) = replayed(config, [learned])
+    assert coordinates.name == "replayed coordinates" and coordinates.weight == pytest.approx(0.6)
+    for structures, is_replayed in ((labelled, False), (bare, True)):
+        batch = collate(structures, labels=learned.labels)
         seen = coordinates.corrupt(batch, torch.Generator().manual_seed(0))
         assert torch.equal(seen.positions, batch.positions) is not is_replayed
         assert bool(coordinates.scored(seen).any()) is is_replayed
@@ -60,7 +64,7 @@ def test_nothing_is_forgotten_before_training_and_something_after_damage(base: P
 
 def test_the_heads_of_pretraining_come_back_frozen(base: Path):
     pretrained = MoietyForPreTraining.from_pretrained(base).eval()
-    model = WithPretrainingHeads(load_base(base, DIPOLE), pretrained).eval()
+    model = with_frozen_heads(load_base(base, DIPOLE), pretrained).eval()
     batch = with_neighbors(collate(Corpus.open(SAMPLES / "qm9", split="train").read(range(3))), 5.0)
     with torch.no_grad():
         one, other = model(**batch.inputs()), pretrained(**batch.inputs())

@@ -16,7 +16,7 @@ import pytest
 from moiety.data import teachers
 from moiety.data.shards import Corpus, write_corpus
 from moiety.data.structure import Structure
-from moiety.data.teachers import GFN2xTB, GFN2xTBResponse, Labeller, Labels, SevenNet0
+from moiety.data.teachers import GFN1xTB, GFN2xTB, GFN2xTBResponse, Labeller, Labels, SevenNet0
 from moiety.errors import InputError
 
 
@@ -185,6 +185,22 @@ def test_a_response_is_remembered_and_filled_in():
     assert np.array_equal(first.tensors["polarizability"], again.tensors["polarizability"])
     assert np.array_equal(first.dipole, again.dipole) and first.theory == "GFN2-xTB" and first.energy is None
     assert ion.dipole is None and ion.theory == "", "the dipole of an ion depends on where one looks from"
+
+
+def test_gfn1_xtb_forces_are_the_slope_of_its_energy_and_its_charges_make_its_dipole():
+    pytest.importorskip("tblite")
+    teacher = GFN1xTB()
+    labels = teacher.label(water())
+    assert labels.forces[0, 2] == pytest.approx(slope(teacher, water(), 0, 2, 1e-3), abs=1e-3)
+    assert labels.charges.sum() == pytest.approx(0, abs=1e-6) and labels.charges[0] < 0 < labels.charges[1]
+    assert labels.dipole == pytest.approx(labels.charges @ water().positions, abs=0.25), "and an atom has its own"
+    assert not teacher.knows(water(charge=1)) and 5 < labels.gap < 20
+    with Labeller(teacher) as labeller:
+        (filled,) = labeller.applied([water()])
+        (again,) = labeller.applied([water()])
+    assert filled.theory == "GFN1-xTB" and np.array_equal(again.forces, labels.forces)
+    assert again.scalars["dipole"] == pytest.approx(np.linalg.norm(labels.dipole) / 0.2081943)
+    assert np.array_equal(again.node_scalars["mulliken"], labels.charges) and again.scalars["gap"] == labels.gap
 
 
 def test_sevennet_forces_and_stress_are_slopes_of_its_energy():

@@ -26,21 +26,19 @@ from moiety.adapters.references import unknown_elements
 from moiety.adapters.replay import (
     PRETRAINING,
     ReplayConfig,
-    Replayed,
-    Unlabelled,
-    WithPretrainingHeads,
     forgetting,
     held_out,
     off_task,
-    own_weights,
+    replayed,
+    with_frozen_heads,
 )
-from moiety.adapters.tasks import DERIVED, Task, TaskConfig, require_consistent
+from moiety.adapters.tasks import DERIVED, Task, TaskConfig, lines_of, require_consistent
 from moiety.data.shards import Corpus
-from moiety.data.subset import Subset
+from moiety.data.subset import Subset, Unlabelled
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
-from moiety.objectives import Objective, build_objectives
+from moiety.objectives import build_objectives
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
@@ -49,6 +47,7 @@ from moiety.training.export import save_model
 from moiety.training.files import write_json
 from moiety.training.loop import fit
 from moiety.training.mixture import Mixture, Source
+from moiety.training.multitask import own_weights
 from moiety.training.run import Run
 from moiety.training.validation import Validation
 
@@ -254,11 +253,10 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     source = "random weights" if config.method == "scratch" else config.model
     run.progress.note(f"trunk from {source}; new heads, from random weights: {', '.join(data.heads)}")
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
-    objectives: list[Objective] = [task.objective() for task in data.tasks]
+    objectives: list[Any] = [task.objective() for task in data.tasks]
     if config.replay:
-        model = WithPretrainingHeads(model, MoietyForPreTraining.from_pretrained(config.model))
-        replayed = build_objectives(config.replay.objectives)
-        objectives = [*(Replayed(objective, config.replay.weight) for objective in replayed), *objectives]
+        model = with_frozen_heads(model, MoietyForPreTraining.from_pretrained(config.model))
+        objectives = [*replayed(config.replay, objectives), *objectives]
     validation = None
     if data.val is not None:
         validation = Validation(run, partial(validation_score, config, data), config.data.patience)
@@ -330,21 +328,7 @@ def told(data: LabelledData) -> Iterator[str]:
         elements = ", ".join(data.without_reference)
         yield f"{len(data.test):,} test structures: those with {elements}, which no training label has, are left out"
     yield f"tested on {len(data.test):,} of {data.test.corpus.path}"
-    for task in data.tasks:
-        line = f"{task.name}: {task.num_labels:,} training labels"
-        if not task.classifies:
-            about = "the reference energies" if task.references else f"{task.mean:.4g}"
-            line += f", spread {_with_unit(f'{task.std:.4g}', task.config.unit)} about {about}"
-        yield line
-        for theory, elements in (task.references.of_theory if task.references else {}).items():
-            values = "  ".join(f"{symbol} {energy:.4f}" for symbol, energy in elements.items())
-            level = f" at the level {theory}" if theory else ""
-            of_elements = _with_unit("references of the elements", task.config.label_unit)
-            yield f"{of_elements} by least squares{level}: {values}"
-
-
-def _with_unit(text: str, unit: str) -> str:
-    return f"{text} {unit}" if unit else text
+    yield from lines_of(data.tasks)
 
 
 @torch.no_grad()

@@ -14,22 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from torch import nn
 
 from moiety.data.shards import Corpus
 from moiety.data.structure import Array, Structure
 from moiety.data.subset import Subset
 from moiety.errors import InputError
-from moiety.models.blocks_moiety import full_precision
 from moiety.models.modeling_moiety import MoietyForPreTraining, MoietyModel
 from moiety.models.vocabulary_moiety import DOMAINS
 from moiety.objectives import Objective, build_objectives
-from moiety.tokens.batch import Batch, collate, with_neighbors
+from moiety.objectives.regression import Supervised
+from moiety.objectives.unlabelled import OnUnlabelled
+from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import SourceConfig
+from moiety.training.multitask import WithPretrainingHeads
 
-MARK = "replay:"  # before the ids of replayed structures
 BATCH = 32  # structures that are asked at a time
 PRETRAINING: dict[str, dict[str, Any]] = {"coordinates": {}, "types": {}, "cell": {}}
 
@@ -53,96 +53,20 @@ class ReplayConfig:
             )
 
 
-class Unlabelled:
-    """A corpus as replay shows it: geometries alone, under marked ids."""
-
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
-        self.manifest, self.domain, self.fingerprint = corpus.manifest, corpus.domain, corpus.fingerprint
-        self.num_nodes, self.num_edges, self.damaged = corpus.num_nodes, corpus.num_edges, corpus.damaged
-
-    def __len__(self) -> int:
-        return len(self._corpus)
-
-    def ids(self) -> list[str]:
-        return self._corpus.ids()
-
-    def read(self, indices: Sequence[int] | Array, whole: bool = False) -> list[Structure]:
-        structures = self._corpus.read(indices)
-        for structure in structures:
-            structure.id, structure.scalars = MARK + structure.id, {}
-        return structures
+def replayed(config: ReplayConfig, learned: Sequence[Supervised]) -> list[Objective]:
+    """The objectives of pretraining, beside those that learn from labels."""
+    return [
+        OnUnlabelled(objective, learned, f"replayed {objective.name}", config.weight)
+        for objective in build_objectives(config.objectives)
+    ]
 
 
-class Replayed(Objective):
-    """An objective of pretraining that spoils and scores replayed micro-batches alone."""
-
-    def __init__(self, objective: Objective, weight: float):
-        self.objective, self.name, self.weight = objective, f"replayed {objective.name}", weight * objective.weight
-
-    def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
-        return self.objective.corrupt(batch, rng) if _is_replayed(batch) else batch
-
-    def scored(self, batch: Batch) -> Tensor:
-        if _is_replayed(batch):
-            return self.objective.scored(batch)
-        return batch.positions.new_zeros(batch.num_structures)
-
-    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
-        return self.objective.loss_sum(output, batch) if _is_replayed(batch) else self.scored(batch)
-
-
-def _is_replayed(batch: Batch) -> bool:
-    return batch.ids[0].startswith(MARK)
-
-
-@dataclass
-class ReplayOutput(ModelOutput):
-    """Predictions of the tasks, and what the heads of pretraining say."""
-
-    predictions: dict[str, Tensor] | None = None
-    noise: Tensor | None = None
-    type_logits: Tensor | None = None
-    strain: Tensor | None = None
-
-
-class WithPretrainingHeads(nn.Module):
-    """A model with task heads, adapted or not, and the base's frozen heads of pretraining on the same trunk."""
-
-    def __init__(self, model: nn.Module, base: MoietyForPreTraining):
-        super().__init__()
-        self.model = model
-        self.noise_head, self.type_head, self.strain_head = base.noise_head, base.type_head, base.strain_head
-        for head in (self.noise_head, self.type_head, self.strain_head):
-            head.requires_grad_(False)
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def derives(self) -> bool:
-        return self.model.derives  # type: ignore[return-value]
-
-    def activation_checkpointing_enable(self) -> None:
-        self.model.activation_checkpointing_enable()  # type: ignore[operator]
-
-    def forward(self, **inputs: Any) -> ReplayOutput:
-        output = self.model(**inputs)
-        features, graph_index = output.node_features, output.graph_index
-        with full_precision(features):
-            return ReplayOutput(
-                predictions=output.predictions,
-                noise=self.noise_head(features),
-                type_logits=self.type_head(features[:, 0]),
-                strain=self.strain_head(features, graph_index, output.graph_features.shape[0]),
-            )
-
-
-def own_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of the model inside WithPretrainingHeads."""
-    prefix = "model."
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+def with_frozen_heads(model: nn.Module, base: MoietyForPreTraining) -> WithPretrainingHeads:
+    """The heads of pretraining define what the base could do: they are not trained."""
+    whole = WithPretrainingHeads(model, base)
+    for head in (whole.noise_head, whole.type_head, whole.strain_head):
+        head.requires_grad_(False)
+    return whole
 
 
 @torch.no_grad()

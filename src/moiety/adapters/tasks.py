@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -115,8 +115,7 @@ class Task:
             references = References.fit(labelled, energies, by_theory=config.kind == "energy")
             bare = dataclasses.replace(bare, references=references)
         values = bare.labels(labelled)
-        values = values[known(values)]
-        if not len(values):
+        if not labelled or not len(values := values[known(values)]):
             raise InputError(f"tasks: {config.label}: no training structure has this label")
         bare = dataclasses.replace(bare, num_labels=len(values))
         if bare.classifies:
@@ -233,3 +232,22 @@ class Task:
 def known(labels: Array) -> Array:
     """[items] bool: where all of a label is there."""
     return np.asarray(np.isfinite(labels).reshape(len(labels), -1).all(axis=1))
+
+
+def lines_of(tasks: Sequence[Task]) -> Iterator[str]:
+    """What the training labels say: how many, mean and spread, reference energies."""
+    for task in tasks:
+        line = f"{task.name}: {task.num_labels:,} training labels"
+        if not task.classifies:
+            about = "the reference energies" if task.references else f"{task.mean:.4g}"
+            line += f", spread {_with_unit(f'{task.std:.4g}', task.config.unit)} about {about}"
+        yield line
+        for theory, elements in (task.references.of_theory if task.references else {}).items():
+            values = "  ".join(f"{symbol} {energy:.4f}" for symbol, energy in elements.items())
+            level = f" at the level {theory}" if theory else ""
+            of_elements = _with_unit("references of the elements", task.config.label_unit)
+            yield f"{of_elements} by least squares{level}: {values}"
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return f"{text} {unit}" if unit else text

@@ -1,4 +1,4 @@
-"""Some structures of a corpus, in a given order, with a corpus' own interface."""
+"""Parts of a corpus with a corpus' own interface: some of its structures, in a given order; geometries alone."""
 
 from __future__ import annotations
 
@@ -41,3 +41,25 @@ class Subset:
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.corpus.fingerprint.encode() + self.indices.astype("<i8").tobytes()).hexdigest()
+
+
+class Unlabelled:
+    """A corpus without its labels."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self.manifest, self.domain, self.fingerprint = corpus.manifest, corpus.domain, corpus.fingerprint
+        self.num_nodes, self.num_edges, self.damaged = corpus.num_nodes, corpus.num_edges, corpus.damaged
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+    def ids(self) -> list[str]:
+        return self._corpus.ids()
+
+    def read(self, indices: Sequence[int] | Array, whole: bool = False) -> list[Structure]:
+        """Geometries, `whole` or not."""
+        structures = self._corpus.read(indices)
+        for structure in structures:
+            structure.scalars = {}
+        return structures

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
+from moiety.adapters.adapter import require_export
+from moiety.adapters.tasks import TaskConfig, require_consistent
 from moiety.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,10 +32,14 @@ MOST_LISTED = 12  # keys in an error message
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One corpus of a mixture; `weight` is its share, up to normalisation: see `DataConfig.temperature` of what."""
+    """One corpus of a mixture; `weight` is its share, up to normalisation: see `DataConfig.temperature` of what.
+
+    A `supervised` one is learned from by the tasks of the recipe, and not spoilt.
+    """
 
     path: str
     weight: float = 1.0
+    supervised: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,22 +97,42 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """`model` are the numbers of MoietyConfig, `objectives` maps a name to that objective's settings."""
+    """`objectives` maps a name to that objective's settings; `tasks` are learned beside them from supervised sources.
 
-    model: dict[str, Any]
+    Either `model` has the numbers of MoietyConfig, or `start` names an exported model whose training goes on.
+    """
+
     data: DataConfig
     objectives: dict[str, dict[str, Any]]
     training: TrainingConfig
+    model: dict[str, Any] = field(default_factory=dict)
+    start: str = ""
+    tasks: tuple[TaskConfig, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    def __post_init__(self) -> None:
+        if bool(self.model) == bool(self.start):
+            raise InputError("give either model, the numbers of a new one, or start, the export of a trained one")
+        if bool(self.tasks) != any(source.supervised for source in self.data.sources):
+            raise InputError(
+                "tasks are learned from sources with `supervised: true`: a recipe has both, or none of them"
+            )
+        if self.tasks and (unfit := sorted({"dens", "self_conditioned"} & set(self.objectives))):
+            raise InputError(f"objectives: {', '.join(unfit)} does not go with tasks; take coordinates or blocks")
+        if self.tasks:
+            require_consistent(self.tasks)
+
     def model_config(self) -> MoietyConfig:
-        """The numbers under `model` as a MoietyConfig.
+        """The numbers under `model` as a MoietyConfig, or those of `start`.
 
         Raises:
-            InputError: a key that MoietyConfig does not have, or numbers that do not fit together.
+            InputError: a key that MoietyConfig does not have, numbers that do not fit together, no model at `start`.
         """
         from moiety.models.configuration_moiety import MoietyConfig
 
+        if self.start:
+            require_export(self.start)
+            return MoietyConfig.from_pretrained(self.start)
         for key in self.model:
             if key not in MoietyConfig.__annotations__:
                 raise unknown_key(f"model.{key}", (f"model.{name}" for name in MoietyConfig.__annotations__), "config")

@@ -6,6 +6,7 @@ see whether it still says the same; the exporter itself is the first to look.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from moiety.models.processing_moiety import MoietyProcessor
 from moiety.training.card import model_card
 from moiety.training.files import write_json, write_text
 from moiety.training.mixture import Mixture
+from moiety.training.multitask import base_weights
 from moiety.training.probe import PROBE, probe_structures
 from moiety.training.run import Run
 
@@ -48,7 +50,9 @@ def export(run: Run, mixture: Mixture) -> Path:
     if weights is not None:
         aside = run.path / "export.partial"
         shutil.rmtree(aside, ignore_errors=True)
-        write_export(weights, run.engine.module.config, aside)
+        weights, config = base_weights(weights), copy.deepcopy(run.engine.module.config)
+        config.tasks = None
+        write_export(weights, config, aside)
         write_text(aside / "README.md", model_card(run, mixture, sum(w.numel() for w in weights.values())))
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)

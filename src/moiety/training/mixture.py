@@ -30,7 +30,7 @@ import numpy as np
 
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
-from moiety.data.subset import Subset
+from moiety.data.subset import Subset, Unlabelled
 from moiety.errors import InputError
 from moiety.training.config import DataConfig
 from moiety.training.permutation import permuted
@@ -52,7 +52,7 @@ class MicroBatch:
 class Source:
     """A corpus and its order, epoch by epoch."""
 
-    def __init__(self, corpus: Corpus | Subset, name: str, config: DataConfig, number: int) -> None:
+    def __init__(self, corpus: Corpus | Subset | Unlabelled, name: str, config: DataConfig, number: int) -> None:
         self.corpus = corpus
         self.name = name
         self._config = config
@@ -172,12 +172,20 @@ class Mixture:
         if not config.sources:
             raise InputError("data.sources is empty; name at least one corpus")
         sources = []
+        has_labels = any(source.supervised for source in config.sources)  # and no others are to be learned from
         for number, source in enumerate(config.sources):
             corpus = Corpus.open(source.path, split=config.split, checked=True)
             if len(corpus) == 0:
                 raise InputError(f"{source.path}: no structure in split {config.split!r}")
-            sources.append(Source(corpus, Path(source.path).name, config, number))
+            shown = corpus if source.supervised or not has_labels else Unlabelled(corpus)
+            sources.append(Source(shown, Path(source.path).name, config, number))
         return cls(sources, config)
+
+    @property
+    def supervised(self) -> list[Source]:
+        """Those whose labels are learned from."""
+        pairs = zip(self.sources, self.config.sources, strict=True)
+        return [source for source, config in pairs if config.supervised]
 
     def _structures_to_batches(self, temperature: float) -> np.ndarray:
         """[sources] n^(1/T) structures of each source, counted in its micro-batches."""

@@ -1,0 +1,109 @@
+"""Pretraining from labels beside denoising, and from the weights of an earlier model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from moiety.errors import InputError
+from moiety.models.modeling_moiety import MoietyForPreTraining
+from moiety.testing import launched
+from moiety.training.config import PretrainConfig, load_config
+from moiety.training.mixture import Mixture
+from moiety.training.multitask import build
+from moiety.training.stream import Prepared
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / "tests/data/corpora"
+CONFIG = ROOT / "pretrain/configs/released_labels.yaml"
+
+
+def overrides(start: Path | str) -> list[str]:
+    names = ("gfn1", "qm9", "crystals", "proteins")
+    sources = [{"path": str(SAMPLES / name), "supervised": name == "gfn1"} for name in names]
+    return [f"start={start}", f"data.sources={json.dumps(sources)}", "warmup_steps=1", "micro_batches=4"]
+
+
+def configured(base: Path | str, *words: str) -> PretrainConfig:
+    return load_config(PretrainConfig, CONFIG, [*overrides(base), *words])
+
+
+def test_supervised_sources_are_learned_from_as_they_are_and_others_have_no_labels(base: Path):
+    config = configured(base)
+    mixture = Mixture.open(config.data)
+    _, objectives, tasks = build(config, mixture)
+    assert {task.name: task.config.unit for task in tasks} == {
+        "energy": "eV", "forces": "eV/Å", "dipole": "D", "gap": "eV", "mulliken": "e",
+    }  # fmt: skip
+    prepared = Prepared(mixture, objectives, cutoff=5.0, seed=0)
+    seen = set()
+    for number in range(8):
+        supervised = config.data.sources[mixture.micro_batch(number).source].supervised
+        seen.add(supervised)
+        batch = prepared[number]
+        clean = {s.id: s.positions for s in mixture.read(mixture.micro_batch(number))}
+        first = clean[batch.ids[0]]
+        moved = len(first) != int(batch.num_nodes_B[0]) or not np.allclose(batch.positions[: len(first)], first)
+        assert moved is not supervised
+        scored = {objective.name: bool(objective.scored(batch).any()) for objective in objectives}
+        assert all(scored[task.name] is supervised for task in tasks)
+        assert scored["coordinates"] is not supervised
+    assert seen == {True, False}
+
+
+def test_training_goes_on_from_a_model_and_leaves_one_of_the_same_kind(base: Path, tmp_path: Path):
+    arguments = ["--config", CONFIG, *overrides(base), "steps=2", "log_every=1", "checkpoint_every=2"]
+    first, last = launched.train(ROOT / "pretrain/train.py", arguments, tmp_path / "run")
+    assert {"energy", "forces", "dipole", "gap", "mulliken"} <= last["losses"]["molecule"].keys()
+    assert {"coordinates", "types"} <= first["losses"]["molecule"].keys()
+    export = tmp_path / "run/export"
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, export))
+    assert before.keys() == after.keys() and json.loads((export / "config.json").read_text())["tasks"] is None
+    changes = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    assert 0 < max(changes.values()) < 0.01, "two steps away from where it started"
+    MoietyForPreTraining.from_pretrained(export)
+
+
+def test_a_new_model_can_learn_from_labels_too(base: Path):
+    tree = yaml.safe_load(CONFIG.read_text())
+    del tree["start"]
+    numbers = json.loads((base / "config.json").read_text())
+    tree["model"] = {name: numbers[name] for name in ("hidden_size", "num_layers", "num_heads", "edge_channels")}
+    tree["data"]["sources"] = [{"path": str(SAMPLES / "gfn1"), "supervised": True}]
+    path = base.parent / "new.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    config = load_config(PretrainConfig, path)
+    torch.manual_seed(0)
+    model, objectives, tasks = build(config, Mixture.open(config.data))
+    assert model.config.hidden_size == 16 and set(model.config.tasks) == {task.name for task in tasks}
+    assert len(objectives) == 3 + 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model={hidden_size: 16}"], "either model"),
+        (["start=''"], "either model"),
+        (["tasks=[]"], "both, or none"),
+        (["data.sources=[{path: a}]"], "both, or none"),
+        (["objectives={dens: {}}"], "dens does not go with tasks"),
+        (["tasks=[{label: gap, kind: mean}, {label: gap, kind: mean}]"], "gap comes twice"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(words: list[str], message: str):
+    with pytest.raises(InputError, match=message):
+        configured("anywhere", *words)
+
+
+def test_a_start_or_a_label_that_is_not_there_is_named(base: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"nowhere: no model here"):
+        configured(tmp_path / "nowhere").model_config()
+    config = configured(base, "tasks=[{label: colour, kind: mean}]")
+    with pytest.raises(InputError, match=r"colour: no training structure has this label"):
+        build(config, Mixture.open(config.data))
