@@ -16,7 +16,7 @@ import pytest
 from moiety.data import teachers
 from moiety.data.shards import Corpus, write_corpus
 from moiety.data.structure import Structure
-from moiety.data.teachers import GFN1xTB, GFN2xTB, GFN2xTBResponse, Labeller, Labels, SevenNet0
+from moiety.data.teachers import GFN1xTB, GFN2xTB, GFN2xTBResponse, Labeller, Labels, NotConverged, SevenNet0
 from moiety.errors import InputError
 
 
@@ -131,6 +131,18 @@ def test_labels_are_filled_in_where_the_teacher_knows_the_elements():
         known, unknown = labeller.applied([water(), Structure(np.array([2]), np.zeros((1, 3)))])
     assert known.theory == "springs" and known.energy is not None and known.forces.shape == (3, 3)
     assert unknown.energy is None and unknown.theory == ""
+
+
+def test_a_structure_without_an_answer_passes_without_labels(monkeypatch: pytest.MonkeyPatch):
+    class Stubborn(Spring):
+        def label(self, structure: Structure) -> Labels:
+            if structure.id == "hard":
+                raise NotConverged("SCF not converged in 250 cycles")
+            return super().label(structure)
+
+    with Labeller(Stubborn()) as labeller:
+        hard, easy = labeller.applied([water(id="hard"), water(id="easy", charge=2)])
+    assert hard.energy is None and not hard.theory and easy.energy is not None
 
 
 def test_a_teacher_that_is_not_installed_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ import os
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -104,6 +104,10 @@ class Electronic:
 Kind = TypeVar("Kind", Labels, Response, Electronic)
 
 
+class NotConverged(Exception):
+    """A teacher found no answer for a structure that it should know."""
+
+
 class Teacher(Protocol[Kind]):
     """Something that labels one structure at a time, on one core."""
 
@@ -116,7 +120,11 @@ class Teacher(Protocol[Kind]):
         ...
 
     def label(self, structure: Structure) -> Kind:
-        """Labels of one structure it knows: energy, forces and, for crystals, stress; or the response to a field."""
+        """Labels of one structure it knows: energy, forces and, for crystals, stress; or the response to a field.
+
+        Raises:
+            NotConverged: there is no answer.
+        """
         ...
 
 
@@ -168,7 +176,7 @@ class GFN2xTB:
     def label(self, structure: Structure) -> Labels:
         from ase.units import Bohr, Hartree
 
-        result = _xtb(structure).singlepoint()
+        result = _converged(_xtb(structure))
         return Labels(result.get("energy") * Hartree, -result.get("gradient") * Hartree / Bohr)
 
 
@@ -197,7 +205,7 @@ class GFN2xTBResponse:
         calculator = _xtb(structure)
         calculator.set("accuracy", 0.01)
         calculator.add("electric-field", library.ffi.new("double[3]", field.tolist()))  # it hands on what it gets, to C
-        return calculator.singlepoint().get("dipole")
+        return _converged(calculator).get("dipole")
 
 
 class GFN1xTB:
@@ -213,7 +221,7 @@ class GFN1xTB:
     def label(self, structure: Structure) -> Electronic:
         from ase.units import Bohr, Hartree
 
-        result = _xtb(structure, self.theory).singlepoint()
+        result = _converged(_xtb(structure, self.theory))
         levels, occupied = result.get("orbital-energies"), result.get("orbital-occupations") > 1
         return Electronic(
             energy=result.get("energy") * Hartree,
@@ -232,6 +240,17 @@ def _xtb(structure: Structure, method: str = GFN2xTB.theory) -> Any:
     calculator = Calculator(method, numbers, positions, float(structure.charge), structure.spin - 1)
     calculator.set("verbosity", 0)
     return calculator
+
+
+def _converged(calculator: Any) -> Any:
+    from tblite.exceptions import TBLiteRuntimeError  # pyright: ignore[reportMissingImports]
+
+    try:
+        return calculator.singlepoint()
+    except TBLiteRuntimeError as error:
+        if "not converged" in str(error):
+            raise NotConverged(str(error)) from error
+        raise
 
 
 def available(teacher: Teacher[Any]) -> bool:
@@ -288,11 +307,12 @@ class Labeller(Generic[Kind]):
         return _digest(self.name.encode() + b"".join(np.asarray(part, "<f8").tobytes() for part in parts))
 
     def applied(self, structures: Iterable[Structure]) -> Iterator[Structure]:
-        """Structures with labels and theory filled in; those the teacher does not know pass as they are."""
+        """Structures with labels and theory filled in; those that the teacher has no answer for pass as they are."""
         for structure in structures:
             if self.teacher.knows(structure):
-                self(structure).fill(structure)
-                structure.theory = self.teacher.theory
+                with suppress(NotConverged):
+                    self(structure).fill(structure)
+                    structure.theory = self.teacher.theory
             yield structure
 
 
