@@ -32,7 +32,7 @@ NAMES = (
     "proteins", "qm9", "s22", "surfaces",
 )  # fmt: skip
 FULL_COUNTS = {
-    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642,
+    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642, "gfn1": 49_004,
     "interactions": 1_520, "polarizabilities": 1_800, "proteins": 13_867, "qm9": 130_831, "s22": 22, "surfaces": 1_307,
 }  # fmt: skip
 ONLY_TEST = ("complexes", "s22")
