@@ -137,7 +137,7 @@ def pretrain(part: str, exports: Mapping[str, Path], steps: int) -> None:
 def words(arm: Arm, steps: int) -> list[str]:
     """Arguments of pretrain/train.py."""
     sources = [{"path": f"corpora/full/{name}", "weight": weight} for name, weight in arm.sources.items()]
-    given = ["--config", str(ROOT / "pretrain/configs/released.yaml"), f"data.sources={json.dumps(sources)}"]
+    given = ["--config", str(ROOT / "pretrain/configs/released_denoising.yaml"), f"data.sources={json.dumps(sources)}"]
     if arm.objectives is not None:
         given.append(f"objectives={json.dumps(arm.objectives)}")
     return [*given, f"steps={round(steps * arm.steps)}"]

@@ -1,9 +1,10 @@
 """Puts a run's export, and adapters fine-tuned from it, into the package as the weights of a name.
 
-    python pretrain/release.py runs/released tiny gap=runs/released/gap forces=runs/released/forces
+    python pretrain/release.py runs/released/base tiny gap=runs/released/gap forces=runs/released/forces
 
 What `moiety.weights(NAME)` then returns holds the export without its code, which the package has, the recipe, and the
-adapters. The card gains where the weights come from: recipe, seed, versions, corpora by the hash of their manifest.
+adapters; where the run went on from another one's export, that one's recipe too. The card gains where the weights come
+from: recipes, seed, versions, corpora by the hash of their manifest.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ def gather(run: Path, name: str, adapters: dict[str, Path], aside: Path) -> None
     write_json(aside / "config.json", config)
     recipe = json.loads((run / "config.json").read_text())
     write_text(aside / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    if recipe.get("start"):
+        before = json.loads((Path(recipe["start"]).parent / "config.json").read_text())
+        write_text(aside / "recipe_start.yaml", yaml.safe_dump(before, sort_keys=False))
     rows = [put_adapter(name, adapter, folder, export, aside) for adapter, folder in adapters.items()]
     card = (aside / "README.md").read_text()
     card = card.replace("from transformers", "import moiety\nfrom transformers", 1)
@@ -118,7 +122,8 @@ def origin(run: Path, recipe: dict[str, Any]) -> str:
     return f"""
 ## Origin
 
-`recipe.yaml`, seed {recipe["training"]["seed"]}; {versions}; {facts["machine"]["device"]}, \
+`recipe.yaml`{", from the model of `recipe_start.yaml`" if recipe.get("start") else ""}, \
+seed {recipe["training"]["seed"]}; {versions}; {facts["machine"]["device"]}, \
 {facts["machine"]["processes"]} process. Corpora, by the sha256 of their manifest:
 
 {corpora}

@@ -21,7 +21,7 @@ from moiety.training.stream import Prepared
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "tests/data/corpora"
-CONFIG = ROOT / "pretrain/configs/released_labels.yaml"
+CONFIG = ROOT / "pretrain/configs/released.yaml"
 
 
 def overrides(start: Path | str) -> list[str]:
@@ -68,6 +68,7 @@ def test_training_goes_on_from_a_model_and_leaves_one_of_the_same_kind(base: Pat
     changes = {name: float((after[name] - before[name]).abs().max()) for name in before}
     assert 0 < max(changes.values()) < 0.01, "two steps away from where it started"
     MoietyForPreTraining.from_pretrained(export)
+    assert "labels of GFN1-xTB: energy, forces, dipole, gap, mulliken" in (export / "README.md").read_text()
 
 
 def test_a_new_model_can_learn_from_labels_too(base: Path):

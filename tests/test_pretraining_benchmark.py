@@ -39,7 +39,7 @@ def test_arms_are_configurations_at_equal_cost_or_equal_exposure(pretraining: An
         assert config.training.steps == (900 if "self_conditioned" in objectives else 1200), name
         assert [Path(s.path).name for s in config.data.sources] == ["qm9", "forces"]
     configs = {name: config_of(pretraining, arm, 1250) for name, arm in pretraining.PARTS["domains"].items()}
-    released = load_config(PretrainConfig, BENCHMARKS.parent / "pretrain/configs/released.yaml")
+    released = load_config(PretrainConfig, BENCHMARKS.parent / "pretrain/configs/released_denoising.yaml")
     assert configs["all"].data == released.data and configs["all"].objectives == released.objectives
     alone = [config.training.steps for name, config in configs.items() if name != "all"]
     assert sum(alone) == configs["all"].training.steps == 1250 and alone == [900, 150, 200]

@@ -16,7 +16,7 @@ tags: [chemistry, materials, biology, equivariant, atomistic]
 
 One equivariant transformer for molecules, crystals and proteins, pretrained by denoising: it was shown structures with
 displaced atoms, strained cells and hidden elements or residues, and learned to put them right.
-Its node features are steerable: they turn with the structure.
+{labels}Its node features are steerable: they turn with the structure.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -39,7 +39,7 @@ output.graph_features  # [B, {channels}]
 ## Training
 
 {steps} optimizer steps, seed {seed}, {precision}. Losses at the end, per domain; 1.0 is the error of predicting no
-displacement and no strain, types are cross-entropy in nats:
+displacement and no strain, types are cross-entropy in nats, labels of structures or nodes are Huber losses in spreads:
 
 | domain | {objectives} |
 |---|{rules}
@@ -61,9 +61,12 @@ def model_card(run: Run, mixture: Mixture, parameters: int) -> str:
     losses = last_losses(run)
     objectives = list(dict.fromkeys(name for values in losses.values() for name in values))
     lmax = run.engine.module.config.lmax
+    learned = ", ".join(task.label for task in config.tasks)
+    levels = " and ".join(dict.fromkeys(s.corpus.manifest.get("theory", "") for s in mixture.supervised))
     citations = dict.fromkeys(s.corpus.manifest.get("citation", "") for s in mixture.sources)
     return TEMPLATE.format(
         parameters=parameters,
+        labels=f"Beside that it learned labels of {levels}: {learned}.\n" if learned else "",
         components=(lmax + 1) ** 2,
         channels=run.engine.module.config.hidden_size,
         two=", 2" if lmax == 2 else "",
