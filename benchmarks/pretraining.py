@@ -1,15 +1,16 @@
 """Which pretraining pays: objectives at equal FLOPs, and several domains against one at equal exposure.
 
     make pretraining-choices                                   both parts: hours on two cores
-    python benchmarks/pretraining.py objectives [--steps 3000] [--tasks dipole,forces] [--seeds 0,1,2]
-    python benchmarks/pretraining.py domains [--steps 6000]
+    python benchmarks/pretraining.py objectives [--tasks dipole,forces] [--seeds 0,1,2] [--arms "coordinates"]
+    python benchmarks/pretraining.py domains
     python benchmarks/pretraining.py --show                    what is there by now; runs nothing
 
-Every arm is a `pretrain/train.py` of the released recipe with other objectives or sources, on one core, and then
-LoRA from 1,000 labels of each task as in transfer.py, at the learning rates of its pilots. Finished runs are not run
-again. Objectives have the same FLOPs: a step with a second forward pass counts as 4/3, so that arm has 3/4 of the
-steps. Domains have the same exposure: a single one has as many steps as the mixture spent on it, on a schedule of its
-own. Writes benchmarks/results/pretraining.json and the tables of docs/pretraining.md.
+Every arm is a `pretrain/train.py` of the released denoising recipe with other objectives or sources, on one core, and
+then LoRA from 1,000 labels of each task as in transfer.py, at the learning rates of its pilots and beside its runs from
+scratch. What is finished, or stands in benchmarks/results/pretraining.json, is not run again. Objectives have the same
+FLOPs: a step with a second forward pass counts as 4/3, so that arm has 3/4 of the steps. Domains have the same
+exposure: a single one has as many steps as the mixture spent on it, on a schedule of its own. Writes that file and the
+tables of docs/pretraining.md.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from paired import runs
 from paired.ledger import Ledger
 from paired.runs import TASKS as FINE_TUNINGS
@@ -38,6 +40,7 @@ from moiety.errors import InputError
 
 PAGE = ROOT / "docs/pretraining.md"
 RESULTS = ROOT / "benchmarks/results/pretraining.json"
+CONFIGS = ROOT / "pretrain/configs"
 TRANSFER = ROOT / "benchmarks/results/transfer.json"
 LABELS = 1000
 TYPES = {"types": {"weight": 0.2}}
@@ -52,6 +55,7 @@ class Arm:
     objectives: Mapping[str, Mapping[str, float]] | None
     sources: Mapping[str, float]
     steps: float = 1.0  # share of the part's
+    supervised: Mapping[str, float] = field(default_factory=dict)  # sources of the labels of released.yaml's tasks
 
 
 def of_domain(*corpora: str) -> Arm:
@@ -66,6 +70,7 @@ PARTS: dict[str, dict[str, Arm]] = {
         "self-conditioned + types": Arm({"self_conditioned": SIGMA, **TYPES}, WITH_FORCES, 3 / 4),
         "blocks + types": Arm({"blocks": SIGMA, **TYPES}, WITH_FORCES),
         "DeNS + types": Arm({"dens": SIGMA, **TYPES}, WITH_FORCES),
+        "coordinates + types + labels": Arm({"coordinates": SIGMA, **TYPES}, {"qm9": 2.0}, supervised={"gfn1": 2.0}),
     },
     "domains": {
         "all": Arm(None, MIXTURE),
@@ -77,25 +82,30 @@ PARTS: dict[str, dict[str, Arm]] = {
 STEPS = {"objectives": 3000, "domains": 6000}
 TASKS = {"objectives": ["dipole", "forces"], "domains": ["dipole", "crystals", "residues"]}
 AT_HOME = {"dipole": "molecules", "crystals": "crystals", "residues": "proteins", "secondary": "proteins"}
-Errors = dict[str, dict[str, dict[int, float]]]  # arm -> task -> seed -> test error
+Errors = dict[str, dict[str, dict[str, float]]]  # arm -> task -> seed -> test error
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     around_marks(PAGE)
-    found: dict[str, Errors] = {}
+    found: dict[str, Errors] = json.loads(RESULTS.read_text())["errors"] if RESULTS.exists() else {}
     try:
         for part in PARTS:
-            steps, tasks = args.steps or STEPS[part], args.tasks or TASKS[part]
-            exports = {name: args.out / part / folder(name) / f"{steps}/export" for name in PARTS[part]}
+            errors, tasks = found.setdefault(part, {}), args.tasks or TASKS[part]
+            exports = {name: args.out / part / folder(name) / "export" for name in PARTS[part]}
+            jobs = {name: waiting(part, name, tasks, args.seeds, errors.get(name, {})) for name in exports}
             if not args.show and part in args.parts:
-                pretrain(part, exports, steps)
-                fine_tune(part, exports, tasks, args.seeds, args.out)
-            found[part] = collect(exports, tasks, args.seeds, args.out)
+                require_rates(tasks)
+                chosen = [name for name in exports if jobs[name] and name in (args.arms or exports)]
+                pretrain(part, {name: exports[name] for name in chosen})
+                for name in chosen:
+                    runs.run(jobs[name], exports[name], exports[name].parent / "transfer")
+            for name, export in exports.items():
+                collect(jobs[name], export.parent / "transfer", errors.setdefault(name, {}))
     except InputError as error:
         print(f"pretraining.py: {error}", file=sys.stderr)
         return 2
-    sheets = [sheet(part, errors) for part, errors in found.items() if errors]
+    sheets = [sheet(part, errors) for part, errors in found.items() if any(errors.values())]
     for one in sheets:
         one.show(Console())
     if sheets:
@@ -110,7 +120,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--show", action="store_true", help="tables of what is there")
-    parser.add_argument("--steps", type=int, help="of the longest pretraining")
+    parser.add_argument("--arms", type=runs.words({name for arms in PARTS.values() for name in arms}))
     parser.add_argument("--tasks", type=runs.words(FINE_TUNINGS))
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/pretraining", help="folder of the runs")
@@ -125,11 +135,11 @@ def folder(name: str) -> str:
     return name.replace(" + ", "_").replace(" ", "_")
 
 
-def pretrain(part: str, exports: Mapping[str, Path], steps: int) -> None:
+def pretrain(part: str, exports: Mapping[str, Path]) -> None:
     """Arms that are not finished, one core each; one that was stopped goes on."""
 
     def one(name: str) -> None:
-        runs.call(name, "pretrain/train.py", *words(PARTS[part][name], steps), "--out", exports[name].parent)
+        runs.call(name, "pretrain/train.py", *words(PARTS[part][name], STEPS[part]), "--out", exports[name].parent)
 
     runs.side_by_side(one, [name for name, export in exports.items() if not export.exists()], "pretraining")
 
@@ -137,49 +147,53 @@ def pretrain(part: str, exports: Mapping[str, Path], steps: int) -> None:
 def words(arm: Arm, steps: int) -> list[str]:
     """Arguments of pretrain/train.py."""
     sources = [{"path": f"corpora/full/{name}", "weight": weight} for name, weight in arm.sources.items()]
-    given = ["--config", str(ROOT / "pretrain/configs/released_denoising.yaml"), f"data.sources={json.dumps(sources)}"]
+    sources += [
+        {"path": f"corpora/full/{name}", "weight": weight, "supervised": True}
+        for name, weight in arm.supervised.items()
+    ]
+    given = ["--config", str(CONFIGS / "released_denoising.yaml"), f"data.sources={json.dumps(sources)}"]
     if arm.objectives is not None:
         given.append(f"objectives={json.dumps(arm.objectives)}")
+    if arm.supervised:
+        given.append(f"tasks={json.dumps(yaml.safe_load((CONFIGS / 'released.yaml').read_text())['tasks'])}")
     return [*given, f"steps={round(steps * arm.steps)}"]
 
 
-def rate_of(task: str, method: str) -> float | None:
-    """That of the pilots of transfer.py."""
-    return Ledger.open(TRANSFER, base_fingerprint(moiety.weights())).rate(task, method)
+def transfer() -> Ledger:
+    """What transfer.py measured: its learning rates, and the runs from scratch."""
+    return Ledger.open(TRANSFER, base_fingerprint(moiety.weights()))
 
 
-def jobs_of(tasks: Sequence[str], seeds: Sequence[int], method: str) -> list[Job]:
-    rates = {task: rate_of(task, method) for task in tasks}
-    if missing := [task for task, rate in rates.items() if rate is None]:
-        raise InputError(f"no learning rate of {method} for {missing[0]}; run transfer.py --pilot --tasks {missing[0]}")
-    return [Job(task, method, LABELS, seed, rates[task]) for seed in seeds for task in tasks]
+def require_rates(tasks: Sequence[str]) -> None:
+    """InputError where transfer.py has none for a task."""
+    if missing := [task for task in tasks if not transfer().rate(task, "lora")]:
+        raise InputError(f"no learning rate of LoRA for {missing[0]}; run transfer.py --pilot --tasks {missing[0]}")
 
 
-def fine_tune(part: str, exports: Mapping[str, Path], tasks: Sequence[str], seeds: Sequence[int], out: Path) -> None:
-    """LoRA on every arm, of a single domain on its own tasks; and from scratch, which no arm has a part in."""
-    for name, export in exports.items():
-        own = [task for task in tasks if part == "objectives" or AT_HOME[task] == name or name == "all"]
-        runs.run(jobs_of(own, seeds, "lora"), export, export.parent / "transfer")
-    runs.run(jobs_of(tasks, seeds, "scratch"), next(iter(exports.values())), out / "scratch")
+def waiting(
+    part: str, arm: str, tasks: Sequence[str], seeds: Sequence[int], known: Mapping[str, Mapping[str, float]]
+) -> list[Job]:
+    """LoRA on an arm that is not known yet; a single domain has its own tasks."""
+    own = [task for task in tasks if part == "objectives" or arm in ("all", AT_HOME[task])]
+    rates = {task: rate for task in own if (rate := transfer().rate(task, "lora"))}
+    jobs = [Job(task, "lora", LABELS, seed, rate) for seed in seeds for task, rate in rates.items()]
+    return [job for job in jobs if f"{job.seed}" not in known.get(job.task, {})]
 
 
-def collect(exports: Mapping[str, Path], tasks: Sequence[str], seeds: Sequence[int], out: Path) -> Errors:
-    """Of what is finished."""
-    found: Errors = {}
-    arms = {"from scratch": ("scratch", out / "scratch")}
-    arms |= {name: ("lora", export.parent / "transfer") for name, export in exports.items()}
-    for name, (method, where) in arms.items():
-        for job in jobs_of([task for task in tasks if rate_of(task, method)], seeds, method):
-            if runs.finished(job, where):
-                error = runs.read(where / job.name, job.task)["results"][METHODS[method]]
-                found.setdefault(name, {}).setdefault(job.task, {})[job.seed] = error
-    return found
+def collect(jobs: Sequence[Job], where: Path, errors: dict[str, dict[str, float]]) -> None:
+    """What is finished, into the errors of an arm."""
+    for job in jobs:
+        if runs.finished(job, where):
+            error = runs.read(where / job.name, job.task)["results"][METHODS["lora"]]
+            errors.setdefault(job.task, {})[f"{job.seed}"] = error
 
 
 def sheet(part: str, errors: Errors) -> Sheet:
     """A row an arm; the change is that against scratch. Of domains also what the mixture keeps of a domain's gain."""
     tasks = list(dict.fromkeys(task for by_task in errors.values() for task in by_task))
-    scratch = errors.get("from scratch", {})
+    measured = transfer().errors
+    scratch = {task: measured.get(task, {}).get(f"{LABELS}", {}).get(METHODS["scratch"], {}) for task in tasks}
+    errors = {METHODS["scratch"]: scratch} | {name: by_task for name, by_task in errors.items() if by_task}
     rows = [
         [name, *(runs.cell(by_task.get(task, {}), scratch.get(task, {})) for task in tasks)]
         for name, by_task in errors.items()
@@ -193,7 +207,7 @@ def sheet(part: str, errors: Errors) -> Sheet:
 def kept(errors: Errors, task: str) -> str:
     """(scratch - all) / (scratch - single)."""
     means: dict[str, Any] = {
-        name: np.mean(list(by_task[task].values())) for name, by_task in errors.items() if task in by_task
+        name: np.mean(list(by_task[task].values())) for name, by_task in errors.items() if by_task.get(task)
     }
     try:
         gain, single = (means["from scratch"] - means[name] for name in ("all", AT_HOME[task]))

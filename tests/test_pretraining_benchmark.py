@@ -23,7 +23,11 @@ def pretraining(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     page = tmp_path / "pretraining.md"
     page.write_text(module.PAGE.read_text())
     monkeypatch.setattr(module, "PAGE", page)
-    monkeypatch.setattr(module, "rate_of", lambda task, method: {"lora": 5e-3, "scratch": 1e-3}[method])
+    ledger = module.Ledger("base")
+    for task in module.FINE_TUNINGS:
+        ledger.pilots[task] = {"lora": {"0.005": 0.1}}
+        ledger.add(module.Job(task, "scratch", 1000, 0, 1e-3), {"results": {module.METHODS["scratch"]: 2.0}})
+    monkeypatch.setattr(module, "transfer", lambda: ledger)
     return module
 
 
@@ -37,7 +41,8 @@ def test_arms_are_configurations_at_equal_cost_or_equal_exposure(pretraining: An
         config = config_of(pretraining, arm, 1200)
         objectives = [objective.name for objective in build_objectives(config.objectives)]
         assert config.training.steps == (900 if "self_conditioned" in objectives else 1200), name
-        assert [Path(s.path).name for s in config.data.sources] == ["qm9", "forces"]
+        others = [Path(s.path).name for s in config.data.sources][1:]
+        assert others == (["gfn1"] if config.tasks else ["forces"])
     configs = {name: config_of(pretraining, arm, 1250) for name, arm in pretraining.PARTS["domains"].items()}
     released = load_config(PretrainConfig, BENCHMARKS.parent / "pretrain/configs/released_denoising.yaml")
     assert configs["all"].data == released.data and configs["all"].objectives == released.objectives
@@ -48,13 +53,15 @@ def test_arms_are_configurations_at_equal_cost_or_equal_exposure(pretraining: An
 def test_the_table_says_what_the_mixture_keeps(
     pretraining: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    errors = {"scratch": 2.0, "all": 1.1, "molecules": 1.0, "crystals": 0.9, "proteins": 1.2}
+    errors = {"all": 1.1, "molecules": 1.0, "crystals": 0.9, "proteins": 1.2}
+
+    calls = []
 
     def run(jobs: Any, model: Path, out: Path) -> None:
         for job in jobs:
-            arm = "scratch" if job.arm == "scratch" else model.parents[1].name
-            method = pretraining.METHODS[job.arm]
-            entry = {"target": pretraining.FINE_TUNINGS[job.task].target, "results": {method: errors[arm]}}
+            calls.append(job)
+            results = {pretraining.METHODS["lora"]: errors[model.parent.name]}
+            entry = {"target": pretraining.FINE_TUNINGS[job.task].target, "results": results}
             (out / job.name).mkdir(parents=True, exist_ok=True)
             (out / job.name / "metrics.json").write_text(json.dumps([entry]))
 
@@ -66,14 +73,16 @@ def test_the_table_says_what_the_mixture_keeps(
     assert "| proteins | – | – | 1.2 (-40%) |" in page
     assert "| kept by all of the gain of one | 90% | 82% | 112% |" in page
     assert "Not measured yet" not in page
-    assert pretraining.main(["--show", "--out", str(tmp_path)]) == 0
+    done = len(calls)
+    assert done == (3 + 1 + 1 + 1) * 3
+    assert pretraining.main(["domains", "--out", str(tmp_path / "elsewhere")]) == 0 and len(calls) == done
 
 
 def test_a_task_without_a_rate_is_named(
     pretraining: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
 ):
     monkeypatch.setattr(pretraining, "pretrain", lambda *_: None)
-    monkeypatch.setattr(pretraining, "rate_of", lambda task, method: None)
+    monkeypatch.setattr(pretraining, "transfer", lambda: pretraining.Ledger("base"))
     assert pretraining.main(["objectives", "--out", str(tmp_path)]) == 2
     assert "transfer.py --pilot --tasks dipole" in capsys.readouterr().err
     with pytest.raises(SystemExit):
