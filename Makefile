@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The teachers that label structures, where a target needs them.
+TEACHERS := $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,labels]'
 PEERS := .venv-peers
 PEERS_INSTALLED := $(PEERS)/.installed
 RUN ?= runs/quickstart
@@ -58,22 +60,26 @@ format: $(INSTALLED)
 
 # What pretraining is worth: paired runs of all methods on tasks of every domain; many hours.
 transfer: $(INSTALLED)
+	$(TEACHERS)
 	for corpus in qm9 forces crystals proteins; do \
 		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
 	$(BIN)/python benchmarks/transfer.py
 
 transfer-quick: $(INSTALLED)
+	$(TEACHERS)
 	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
 	$(BIN)/python benchmarks/transfer.py --quick
 
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)
+	$(TEACHERS)
+	test -d corpora/full/gfn1 || $(BIN)/moiety data build gfn1 --profile full
 	$(BIN)/python benchmarks/pretraining.py
 
 # What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with cheap labels beside
 # (HOURS), two adapters (34 and 15 minutes).
 weights: $(INSTALLED)
-	$(BIN)/pip install --quiet --constraint constraints.txt 'tblite>=0.8' 'sevenn>=0.13' 'mdtraj>=1.10'
+	$(TEACHERS)
 	for corpus in qm9 ccd crystals proteins forces gfn1; do \
 		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released_denoising.yaml --out runs/released/denoising
@@ -93,7 +99,7 @@ bench-gpu: $(INSTALLED) $(PEERS_INSTALLED)
 
 # Accuracy for the same compute: pilots, then the matrix; many hours. What is finished is not run again.
 bench-accuracy: $(INSTALLED) $(PEERS_INSTALLED)
-	$(BIN)/pip install --quiet --constraint constraints.txt 'tblite>=0.8'
+	$(TEACHERS)
 	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
 	test -d corpora/full/forces || $(BIN)/moiety data build forces --profile full
 	test -f corpora/accuracy/forces.npz || $(BIN)/python benchmarks/accuracy/prepare.py

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from paired import runs
+from paired.cheap import NAME as CHEAP
+from paired.cheap import fitted
 from paired.fingerprints import NAME as FINGERPRINT
 from paired.fingerprints import boosted
 from paired.ledger import Errors, Ledger
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         collect(ledger, pilots_of(list(TASKS), list(ARMS)), out / "pilot")
         jobs = [] if args.show or args.pilot else jobs_of(ledger, args.tasks, args.counts, args.arms, args.seeds)
         runs.run([job for job in jobs if not ledger.has(job)], args.model, out)
-        boost([job for job in jobs if f"{job.seed}" not in ledger.of(job).get(FINGERPRINT, {})], args.model, out)
+        others([job for job in jobs if f"{job.seed}" not in ledger.of(job).get(CHEAP, {})], args.model, out)
     except InputError as error:
         print(f"transfer.py: {error}", file=sys.stderr)
         return 2
@@ -105,18 +107,22 @@ def every_count() -> list[int]:
     return sorted({count for task in TASKS.values() for count in task.counts})
 
 
-def boost(jobs: Sequence[Job], model: Path, out: Path) -> None:
-    """Fingerprints and gradient boosting from the same labels, where molecules have SMILES."""
-    first = {job.draw: job for job in jobs if TASKS[job.task].smiles}
-    waiting = [job for name, job in first.items() if not (out / name).exists()]
-    for job in track(waiting, "gradient boosting", console=Console(stderr=True)):
+def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
+    """From the same labels, where molecules have SMILES: fingerprints and gradient boosting; and GFN1-xTB fitted."""
+    first = {job.draw: job for job in jobs if TASKS[job.task].cheap and not (out / job.draw).exists()}
+    for name, job in track(first.items(), "without a network", console=Console(stderr=True)):
         _, recipe, *words = job.words(str(model))
         config = load_config(FinetuneConfig, recipe, words)
         data = LabelledData.open(config.data, config.tasks)
         train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
-        task = next(task for task in data.tasks if task.name == TASKS[job.task].target)
-        error = task.error(boosted(task, train, test, job.seed), task.labels(test))
-        (out / job.draw).write_text(json.dumps({FINGERPRINT: error}) + "\n")
+        about = TASKS[job.task]
+        task = next(task for task in data.tasks if task.name == about.target)
+        answers = {CHEAP: fitted(task, about.cheap, train, test)}
+        if about.smiles:
+            answers[FINGERPRINT] = boosted(task, train, test, job.seed)
+        true = task.labels(test)
+        errors = {name: task.error(answered, true) for name, answered in answers.items()}
+        (out / name).write_text(json.dumps(errors) + "\n")
 
 
 def pilots_of(tasks: Sequence[str], arms: Sequence[str]) -> list[Job]:

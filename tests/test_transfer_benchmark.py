@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from moiety.adapters.finetune import FinetuneConfig
+from moiety.adapters.tasks import Task, TaskConfig
+from moiety.data.shards import Corpus
 from moiety.training.config import load_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -52,9 +54,11 @@ def canned(transfer: Any, calls: list[list[str]]) -> Any:
     return finetune
 
 
-def boosted(jobs: Any, model: Path, out: Path) -> None:
+def others(jobs: Any, model: Path, out: Path) -> None:
     for job in jobs:
-        (out / job.draw).write_text(json.dumps({"fingerprint + gradient boosting": 5.0}))
+        (out / job.draw).write_text(
+            json.dumps({"fingerprint + gradient boosting": 5.0, "GFN1-xTB + least squares": 4.0})
+        )
 
 
 def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
@@ -62,7 +66,7 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
 ):
     calls: list[list[str]] = []
     monkeypatch.setattr(transfer.runs, "finetune", canned(transfer, calls))
-    monkeypatch.setattr(transfer, "boost", boosted)
+    monkeypatch.setattr(transfer, "others", others)
     words = ["--quick", "--out", str(tmp_path / "runs")]
     assert transfer.main(words) == 0
     pilots = json.loads(transfer.RESULTS.read_text())["pilots"]["dipole"]
@@ -95,3 +99,18 @@ def test_another_base_keeps_what_does_not_depend_on_it(transfer: Any, tmp_path: 
     other = transfer.Ledger.open(tmp_path / "ledger.json", "two")
     assert other.rate("gap", "scratch") == 1e-3 and other.rate("gap", "lora") is None
     assert other.errors["gap"]["1000"] == {"from scratch": {"0": 0.5}, "mean predictor": {"0": 1.0}}
+
+
+def test_the_cheap_level_is_fitted_to_the_task(transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A label that is its answer times two, and a little of every carbon, is found again."""
+    pytest.importorskip("tblite")
+    monkeypatch.setenv("MOIETY_CACHE", str(tmp_path / "cache"))
+    structures = Corpus.open(BENCHMARKS.parent / "tests/data/corpora/gfn1", split="train").read(range(24), whole=True)
+    for structure in structures:
+        assert structure.energy is not None and structure.forces is not None
+        structure.scalars["u"] = 2 * structure.energy + 0.5 * (structure.node_type == 6).sum()
+        structure.forces = 3 * structure.forces
+    for label, kind, cheap in (("u", "sum", "energy"), ("forces", "vector", "forces")):
+        task = Task.fit(TaskConfig(label, kind), structures[:16])
+        answers = transfer.fitted(task, cheap, structures[:16], structures[16:])
+        assert task.error(answers, task.labels(structures[16:])) < 1e-5

@@ -33,14 +33,15 @@ class Task:
     counts: tuple[int, ...]
     changes: tuple[str, ...] = ()
     smiles: bool = False  # its structures have them
+    cheap: str = ""  # what GFN1-xTB says of it
 
 
 QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
 TASKS = {
-    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True),
-    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True),
-    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True),
-    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",)),
+    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True, cheap="dipole"),
+    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True, cheap="energy"),
+    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True, cheap="gap"),
+    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",), cheap="forces"),
     "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",)),
     "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
     "secondary": Task("proteins_secondary", "secondary_structure", (100, 1000, 10000), ("num_val=200",)),
@@ -64,8 +65,8 @@ class Job:
 
     @property
     def draw(self) -> str:
-        """Where the same labels' gradient boosting stands."""
-        return f"{self.task}-fingerprint-{self.count}-{self.seed}.json"
+        """Where stands what needs no network and is not in every run's metrics, from the same labels."""
+        return f"{self.task}-others-{self.count}-{self.seed}.json"
 
     def words(self, model: str) -> list[str]:
         """Arguments of finetune/lora.py."""
