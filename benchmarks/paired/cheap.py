@@ -1,4 +1,4 @@
-"""What GFN1-xTB says by itself, the level of theory whose labels the released weights learned from, fitted to a task."""
+"""What GFN1-xTB says by itself, the level whose labels the released weights learned from, fitted to a task."""
 
 from __future__ import annotations
 
