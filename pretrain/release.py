@@ -76,7 +76,7 @@ def gather(run: Path, name: str, adapters: dict[str, Path], aside: Path) -> None
     write_json(aside / "config.json", config)
     recipe = json.loads((run / "config.json").read_text())
     write_text(aside / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    if recipe.get("start"):
+    if recipe["start"]:
         before = json.loads((Path(recipe["start"]).parent / "config.json").read_text())
         write_text(aside / "recipe_start.yaml", yaml.safe_dump(before, sort_keys=False))
     rows = [put_adapter(name, adapter, folder, export, aside) for adapter, folder in adapters.items()]
@@ -122,7 +122,7 @@ def origin(run: Path, recipe: dict[str, Any]) -> str:
     return f"""
 ## Origin
 
-`recipe.yaml`{", from the model of `recipe_start.yaml`" if recipe.get("start") else ""}, \
+`recipe.yaml`{", from the model of `recipe_start.yaml`" if recipe["start"] else ""}, \
 seed {recipe["training"]["seed"]}; {versions}; {facts["machine"]["device"]}, \
 {facts["machine"]["processes"]} process. Corpora, by the sha256 of their manifest:
 

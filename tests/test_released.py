@@ -77,11 +77,14 @@ def losses() -> dict[str, dict[str, float]]:
     return found
 
 
-def test_the_recipe_is_the_one_that_stands_in_the_configurations() -> None:
-    ours = load_config(PretrainConfig, ROOT / "pretrain/configs/released.yaml")
-    theirs = load_config(PretrainConfig, TINY / "recipe.yaml")
+@pytest.mark.parametrize(("config", "recipe"), [("released", "recipe"), ("released_denoising", "recipe_start")])
+def test_the_recipes_are_those_that_stand_in_the_configurations(config: str, recipe: str) -> None:
+    ours = load_config(PretrainConfig, ROOT / f"pretrain/configs/{config}.yaml")
+    theirs = load_config(PretrainConfig, TINY / f"{recipe}.yaml")
     assert (ours.data, ours.training, ours.optimizer) == (theirs.data, theirs.training, theirs.optimizer)
-    assert ours.model_config().to_dict() == theirs.model_config().to_dict()
+    assert ours.start == theirs.start and {t.label for t in ours.tasks} == {t.label for t in theirs.tasks}
+    if ours.model:
+        assert ours.model_config().to_dict() == theirs.model_config().to_dict()
     assert [vars(o) for o in build_objectives(ours.objectives)] == [
         vars(o) for o in build_objectives(theirs.objectives)
     ]
@@ -130,6 +133,7 @@ def test_a_release_holds_what_it_takes_to_make_it_again(release: ModuleType, tmp
         and "B3LYP" in card
         and "seed 0" in card
     )
+    assert yaml.safe_load((tmp_path / "out/recipe_start.yaml").read_text())["training"]["steps"] == 18000
     assert AutoModel.from_pretrained(tmp_path / "out").config.hidden_size == 80
     other = json.loads((fine / "adapter/adapter_config.json").read_text())
     other["auto_mapping"]["base_fingerprint"] = "0" * 16
@@ -146,7 +150,10 @@ def finished_run(folder: Path) -> Path:
     config = json.loads((run / "export/config.json").read_text()) | {"auto_map": {}}
     (run / "export/config.json").write_text(json.dumps(config))
     recipe = yaml.safe_load((TINY / "recipe.yaml").read_text())
-    recipe["data"]["sources"] = [{"path": str(SAMPLES / "qm9"), "weight": 1}]
+    recipe["data"]["sources"] = [{"path": str(SAMPLES / "gfn1"), "weight": 1, "supervised": True}]
+    (folder / "before").mkdir()
+    (folder / "before/config.json").write_text(json.dumps(yaml.safe_load((TINY / "recipe_start.yaml").read_text())))
+    recipe["start"] = str(folder / "before/export")
     (run / "config.json").write_text(json.dumps(recipe))
     card = (TINY / "README.md").read_text()
     (run / "export/README.md").write_text(card.replace('moiety.weights("tiny")', "DIR, trust_remote_code=True"))
