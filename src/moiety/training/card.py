@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoProcessor
 processor = AutoProcessor.from_pretrained(DIR, trust_remote_code=True)
 model = AutoModel.from_pretrained(DIR, trust_remote_code=True)
 output = model(**processor([atoms]))  # ase.Atoms, rdkit.Mol, pymatgen, biotite, torch_geometric
-output.node_features   # [N, {components}, {channels}]: l = 0, 1{two}, channels last
+output.node_features  # [N, {components}, {channels}]: l = 0, 1{two}, channels last
 output.graph_features  # [B, {channels}]
 ```
 
