@@ -19,8 +19,8 @@ import time
 from datetime import date
 from pathlib import Path
 
+from peers.progress import tracked
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from moiety.testing.launched import Forked
@@ -81,7 +81,7 @@ def main() -> None:
             for name, (script, arguments) in commands.items()
         }
         try:
-            turns = track(range(WARM + args.turns), "turns", console=console)
+            turns = tracked(range(WARM + args.turns), "turns", WARM + args.turns)
             seconds = [{name: loop.turn() for name, loop in loops.items()} for _ in turns][WARM:]
         finally:
             for loop in loops.values():

@@ -19,8 +19,7 @@ from ase.build import molecule
 from ase.md.velocitydistribution import Stationary, ZeroRotation, thermalize_momenta
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
-from rich.console import Console
-from rich.progress import track
+from peers.progress import tracked
 
 import moiety
 from moiety.inference import MoietyCalculator
@@ -53,7 +52,7 @@ def main() -> int:
     dynamics.attach(note, interval=4)
     started = time.perf_counter()
     steps = CHUNK * max(1, round(1000 * args.ps / args.step / CHUNK))
-    for _ in track(range(steps // CHUNK), "NVE", console=Console(stderr=True)):
+    for _ in tracked(range(steps // CHUNK), "NVE", steps // CHUNK):
         dynamics.run(CHUNK)
     slope, middle = np.polyfit(times, totals, 1)
     print(

@@ -30,9 +30,9 @@ from paired.fingerprints import boosted
 from paired.ledger import Errors, Ledger
 from paired.runs import PILOT, TASKS, Job
 from peers.crew import ROOT, machine
+from peers.progress import tracked
 from peers.tables import Sheet, around_marks, fill
 from rich.console import Console
-from rich.progress import track
 
 import moiety
 from moiety.adapters.adapter import base_fingerprint
@@ -110,7 +110,7 @@ def every_count() -> list[int]:
 def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
     """From the same labels, where molecules have SMILES: fingerprints and gradient boosting; and GFN1-xTB fitted."""
     first = {job.draw: job for job in jobs if TASKS[job.task].cheap and not (out / job.draw).exists()}
-    for name, job in track(first.items(), "without a network", console=Console(stderr=True)):
+    for name, job in tracked(first.items(), "without a network", len(first)):
         _, recipe, *words = job.words(str(model))
         config = load_config(FinetuneConfig, recipe, words)
         data = LabelledData.open(config.data, config.tasks)

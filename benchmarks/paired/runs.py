@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 from peers.crew import ROOT
-from rich.console import Console
-from rich.progress import track
+from peers.progress import tracked
 
 from moiety.errors import InputError
 
@@ -103,7 +102,7 @@ def finetune(job: Job, model: Path, out: Path) -> None:
 def side_by_side(work: Callable[[Any], None], items: Sequence[Any], what: str) -> None:
     """As many at a time as there are cores, with a bar."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for _ in track(pool.map(work, items), what, total=len(items), console=Console(stderr=True)):
+        for _ in tracked(pool.map(work, items), what, len(items)):
             pass
 
 
