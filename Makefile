@@ -73,14 +73,15 @@ transfer-quick: $(INSTALLED)
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)
 	$(TEACHERS)
-	test -d corpora/full/gfn1 || $(BIN)/moiety data build gfn1 --profile full
+	for corpus in qm9 ccd crystals proteins forces gfn1; do \
+		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
 	$(BIN)/python benchmarks/pretraining.py
 
-# What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with cheap labels beside
-# (an hour), two adapters (34 and 15 minutes).
+# What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with labels of teachers
+# beside (two hours), two adapters (34 and 15 minutes).
 weights: $(INSTALLED)
 	$(TEACHERS)
-	for corpus in qm9 ccd crystals proteins forces gfn1; do \
+	for corpus in qm9 ccd crystals proteins forces gfn1 r2scan; do \
 		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released_denoising.yaml --out runs/released/denoising
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released.yaml --out runs/released/base

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from rich.console import Console
 import moiety
 from moiety.adapters.adapter import base_fingerprint
 from moiety.adapters.finetune import METHODS
+from moiety.data.build import load_recipe
 from moiety.errors import InputError
 
 PAGE = ROOT / "docs/pretraining.md"
@@ -155,8 +156,15 @@ def words(arm: Arm, steps: int) -> list[str]:
     if arm.objectives is not None:
         given.append(f"objectives={json.dumps(arm.objectives)}")
     if arm.supervised:
-        given.append(f"tasks={json.dumps(yaml.safe_load((CONFIGS / 'released.yaml').read_text())['tasks'])}")
+        given.append(f"tasks={json.dumps(tasks_of(arm.supervised))}")
     return [*given, f"steps={round(steps * arm.steps)}"]
+
+
+def tasks_of(corpora: Iterable[str]) -> list[dict[str, Any]]:
+    """Those of the released recipe that the corpora have labels for."""
+    labels = {label for name in corpora for label in load_recipe(name).units}
+    tasks = yaml.safe_load((CONFIGS / "released.yaml").read_text())["tasks"]
+    return [task for task in tasks if task["label"] in labels]
 
 
 def transfer() -> Ledger:

@@ -23,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from paired import runs
-from paired.cheap import NAME as CHEAP
-from paired.cheap import fitted
 from paired.fingerprints import NAME as FINGERPRINT
 from paired.fingerprints import boosted
 from paired.ledger import Errors, Ledger
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         collect(ledger, pilots_of(list(TASKS), list(ARMS)), out / "pilot")
         jobs = [] if args.show or args.pilot else jobs_of(ledger, args.tasks, args.counts, args.arms, args.seeds)
         runs.run([job for job in jobs if not ledger.has(job)], args.model, out)
-        others([job for job in jobs if f"{job.seed}" not in ledger.of(job).get(CHEAP, {})], args.model, out)
+        others([job for job in jobs if not knows_others(ledger, job)], args.model, out)
     except InputError as error:
         print(f"transfer.py: {error}", file=sys.stderr)
         return 2
@@ -107,9 +105,15 @@ def every_count() -> list[int]:
     return sorted({count for task in TASKS.values() for count in task.counts})
 
 
+def knows_others(ledger: Ledger, job: Job) -> bool:
+    """Whether the ledger has what needs no network, where there is something."""
+    cheap = TASKS[job.task].cheap
+    return cheap is None or f"{job.seed}" in ledger.of(job).get(cheap.name, {})
+
+
 def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
-    """From the same labels, where molecules have SMILES: fingerprints and gradient boosting; and GFN1-xTB fitted."""
-    first = {job.draw: job for job in jobs if TASKS[job.task].cheap and not (out / job.draw).exists()}
+    """From the same labels, where molecules have SMILES: fingerprints and gradient boosting; and a teacher fitted."""
+    first = {job.draw: job for job in jobs if not (out / job.draw).exists()}
     for name, job in tracked(first.items(), "without a network", len(first)):
         _, recipe, *words = job.words(str(model))
         config = load_config(FinetuneConfig, recipe, words)
@@ -117,7 +121,7 @@ def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
         train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
         about = TASKS[job.task]
         task = next(task for task in data.tasks if task.name == about.target)
-        answers = {CHEAP: fitted(task, about.cheap, train, test)}
+        answers = {about.cheap.name: about.cheap.fitted(task, train, test)} if about.cheap else {}
         if about.smiles:
             answers[FINGERPRINT] = boosted(task, train, test, job.seed)
         true = task.labels(test)

@@ -72,13 +72,13 @@ def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part
 
 def unlabelled(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[Structure]:
     """The crystals of all parts, before the teacher sees them."""
-    aflow = list(_aflow(archives["pymatgen"]))
+    aflow = list(aflow_prototypes(archives["pymatgen"]))
     real = [*aflow, *_dcdft(archives["ase"])]
     if "libncrystal-data" in archives:
         real += _ncrystal(archives["libncrystal-data"])
     for crystal in real:
-        _classify(crystal)
-    crystals = real + [variant for crystal in aflow for variant in _substituted(crystal, options.get("variants", 0))]
+        classify(crystal)
+    crystals = real + [variant for crystal in aflow for variant in substituted(crystal, options.get("variants", 0))]
     crystals = [crystals[index] for index in shuffled((crystal.id for crystal in crystals), salt="crystals")]
     copies = [(crystal, copy) for crystal in crystals for copy in range(1 + options.get("rattled", 0))]
     chosen = select([crystal.groups["split"] for crystal, _ in copies], options)
@@ -93,7 +93,7 @@ def notes(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[s
     return [f"built without labels: {teacher.theory} needs {teacher.package} (pip install 'moiety[labels]')"]
 
 
-def _aflow(archive: Archive) -> Iterator[Structure]:
+def aflow_prototypes(archive: Archive) -> Iterator[Structure]:
     entries = json.loads(gzip.decompress(archive.read("pymatgen/analysis/prototypes/aflow_prototypes.json.gz")))
     for index, entry in enumerate(entries):
         sites = entry["snl"]["sites"]
@@ -163,7 +163,7 @@ def _crystal(identity: str, numbers: list[int], positions: Array, cell: Array, n
     )
 
 
-def _classify(crystal: Structure) -> None:
+def classify(crystal: Structure) -> None:
     """Adds the prototype in AFLOW's notation (found from the symmetry, whatever the source says) and the split.
 
     The split goes by formula and Pearson symbol alone, with a generous tolerance: mirror images and close relatives of
@@ -194,7 +194,7 @@ def rattled(crystal: Structure, copy: int) -> Structure:
     )
 
 
-def _substituted(crystal: Structure, variants: int) -> Iterator[Structure]:
+def substituted(crystal: Structure, variants: int) -> Iterator[Structure]:
     """At most `variants` of the crystal's substitutions, drawn without repetition; distinct elements stay distinct."""
     elements = sorted(set(crystal.node_type.tolist()))
     rng = random.Random(f"{SEED}:{crystal.id}")

@@ -27,6 +27,7 @@ from moiety.errors import InputError
 from moiety.inference.predict import load_predictor
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
+from moiety.models.vocabulary_moiety import FIRST_RESIDUE, RESIDUE_MASK
 from moiety.tokens.batch import Batch, collate, with_neighbors
 from moiety.training.config import PretrainConfig, load_config
 from moiety.training.export import write_export
@@ -52,6 +53,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def batch() -> Batch:
     corpus = Corpus.open(ROOT / "tests/data/corpora/qm9", split="train")
     return with_neighbors(collate(corpus.read(range(8))), 5.0)
+
+
+def test_a_head_for_residues_starts_as_what_the_base_says_of_hidden_ones(export: Path) -> None:
+    chains = Corpus.open(ROOT / "tests/data/corpora/proteins", split="train").read(range(2))
+    batch = with_neighbors(collate(chains), 5.0)
+    hidden = batch.replace(node_type=torch.full_like(batch.node_type, RESIDUE_MASK))
+    model, base = load_base(export, {"residue": {"kind": "residues"}}), MoietyForPreTraining.from_pretrained(export)
+    with torch.no_grad():
+        told = model.eval()(**batch.inputs()).predictions["residue"]
+        expected = base.eval()(**hidden.inputs()).type_logits
+    assert torch.allclose(told, expected[:, FIRST_RESIDUE : FIRST_RESIDUE + 20], atol=1e-6)
 
 
 def randomized(model: PeftModel) -> PeftModel:

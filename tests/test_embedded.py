@@ -345,7 +345,7 @@ def test_a_crystal_written_with_fewer_digits_is_of_the_same_family():
     exact = module._crystal("a", [29] * 4, corners * 3.6, 3.6 * np.eye(3), [])
     blurred = module._crystal("b", [29] * 4, corners * 3.6 + 0.02 * np.eye(4, 3), 3.6 * np.eye(3), [])
     for crystal in (exact, blurred):
-        module._classify(crystal)
+        module.classify(crystal)
     assert exact.groups["prototype"] != blurred.groups["prototype"]
     assert exact.groups["family"] == blurred.groups["family"] == "A_cF4"
 

@@ -106,7 +106,14 @@ def test_a_hidden_residue_keeps_its_size_and_its_place() -> None:
     assert torch.equal(spoiled.positions, clean.positions) and torch.equal(spoiled.node_vectors, clean.node_vectors)
 
 
-def test_a_structure_is_never_hidden_whole() -> None:
+def test_of_a_chain_any_share_is_hidden_up_to_all_of_it() -> None:
+    chains = collate(Corpus.open(CORPORA / "proteins", split="train").read(range(6)) * 8)
+    hidden = objective("types", share=0.2).corrupt(chains, rng()).node_targets["types"] >= 0
+    share_B = torch.zeros(48).index_add(0, chains.graph_index, hidden.float()) / chains.num_nodes_B
+    assert share_B.min() < 0.35 and share_B.max() > 0.9 and share_B.mean() == pytest.approx(0.6, abs=0.08)
+
+
+def test_atoms_are_never_hidden_whole() -> None:
     alone = collate([Structure(np.array([29]), np.zeros((1, 3))) for _ in range(50)])
     assert (objective("types", share=0.9).corrupt(alone, rng()).node_targets["types"] == -1).all()
 

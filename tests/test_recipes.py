@@ -29,16 +29,17 @@ from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 SAMPLES = Path(__file__).parent / "data" / "corpora"
 NAMES = (
     "ccd", "complexes", "crystals", "flows", "forces", "freesolv", "gfn1", "interactions", "polarizabilities",
-    "proteins", "qm9", "s22", "surfaces",
+    "proteins", "qm9", "r2scan", "s22", "surfaces",
 )  # fmt: skip
 FULL_COUNTS = {
-    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642, "gfn1": 49_004,
-    "interactions": 1_520, "polarizabilities": 1_800, "proteins": 13_867, "qm9": 130_831, "s22": 22, "surfaces": 1_307,
+    "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642, "gfn1": 48_992,
+    "interactions": 1_520, "polarizabilities": 1_800, "proteins": 13_867, "qm9": 130_831, "r2scan": 0, "s22": 22,
+    "surfaces": 1_307,
 }  # fmt: skip
 ONLY_TEST = ("complexes", "s22")
 GROUP = {
     "crystals": "prototype", "flows": "field", "freesolv": "scaffold", "interactions": "pair", "proteins": "cluster",
-    "surfaces": "metal",
+    "r2scan": "prototype", "surfaces": "metal",
 }  # fmt: skip
 
 QM9_HEADER = (
@@ -363,9 +364,9 @@ def test_a_substituted_crystal_keeps_angles_and_fractions_and_scales_with_the_ra
 
     module = load_recipe("crystals").module()
     salt = module._crystal("salt", [11, 17], [[0, 0, 0], [2.82, 0, 0]], 5.64 * (1 - np.eye(3)) / 2, [])
-    module._classify(salt)
+    module.classify(salt)
     assert salt.groups["prototype"] == "AB_cF8_225_a_b"
-    variants = list(module._substituted(salt, 5))
+    variants = list(module.substituted(salt, 5))
     assert len(variants) == 5 and all(set(v.node_type) != {11, 17} for v in variants)
     for variant in variants:
         ratio = (covalent_radii[variant.node_type] ** 3).sum() / (covalent_radii[[11, 17]] ** 3).sum()
@@ -374,7 +375,7 @@ def test_a_substituted_crystal_keeps_angles_and_fractions_and_scales_with_the_ra
             salt.positions @ np.linalg.inv(salt.cell), abs=1e-12
         )
         assert variant.groups["prototype"] == salt.groups["prototype"]
-    assert [v.id for v in variants] == [v.id for v in module._substituted(salt, 5)]
+    assert [v.id for v in variants] == [v.id for v in module.substituted(salt, 5)]
 
 
 # splits and clusters

@@ -16,7 +16,16 @@ import pytest
 from moiety.data import teachers
 from moiety.data.shards import Corpus, write_corpus
 from moiety.data.structure import Structure
-from moiety.data.teachers import GFN1xTB, GFN2xTB, GFN2xTBResponse, Labeller, Labels, NotConverged, SevenNet0
+from moiety.data.teachers import (
+    CHGNetR2SCAN,
+    GFN1xTB,
+    GFN2xTB,
+    GFN2xTBResponse,
+    Labeller,
+    Labels,
+    NotConverged,
+    SevenNet0,
+)
 from moiety.errors import InputError
 
 
@@ -215,9 +224,9 @@ def test_gfn1_xtb_forces_are_the_slope_of_its_energy_and_its_charges_make_its_di
     assert np.array_equal(again.node_scalars["mulliken"], labels.charges) and again.scalars["gap"] == labels.gap
 
 
-def test_sevennet_forces_and_stress_are_slopes_of_its_energy():
-    pytest.importorskip("sevenn")
-    teacher = SevenNet0()
+@pytest.mark.parametrize(("teacher", "package"), [(SevenNet0(), "sevenn"), (CHGNetR2SCAN(), "chgnet")])
+def test_forces_and_stress_of_crystals_are_slopes_of_the_energy(teacher: teachers.Teacher[Labels], package: str):
+    pytest.importorskip(package)
     cell = np.array([[0, 1.9, 1.9], [1.9, 0, 1.9], [1.9, 1.9, 0]])  # fcc copper, 5 % too wide
     copper = Structure(np.array([29, 29]), np.array([[0, 0, 0], [2.0, 1.9, 0]]))
     copper.cell, copper.pbc = cell * [[1], [1], [2]], np.ones(3, bool)

@@ -110,7 +110,7 @@ def test_the_cheap_level_is_fitted_to_the_task(transfer: Any, tmp_path: Path, mo
         assert structure.energy is not None and structure.forces is not None
         structure.scalars["u"] = 2 * structure.energy + 0.5 * (structure.node_type == 6).sum()
         structure.forces = 3 * structure.forces
-    for label, kind, cheap in (("u", "sum", "energy"), ("forces", "vector", "forces")):
+    for label, kind, cheap in (("u", "sum", "u0"), ("forces", "vector", "forces")):
         task = Task.fit(TaskConfig(label, kind), structures[:16])
-        answers = transfer.fitted(task, cheap, structures[:16], structures[16:])
+        answers = transfer.TASKS[cheap].cheap.fitted(task, structures[:16], structures[16:])
         assert task.error(answers, task.labels(structures[16:])) < 1e-5

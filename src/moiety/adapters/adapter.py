@@ -23,7 +23,8 @@ from torch import nn
 from transformers.utils import logging
 
 from moiety.errors import InputError
-from moiety.models.modeling_moiety import MoietyForPrediction
+from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
+from moiety.models.vocabulary_moiety import AMINO_ACIDS, FIRST_RESIDUE
 from moiety.training.files import write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -183,14 +184,23 @@ def require_export(model_dir: str | Path) -> None:
 
 
 def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPrediction:
-    """The pretrained trunk with fresh heads for the tasks.
+    """The pretrained trunk with fresh heads for the tasks; one that tells residues starts as the base's own for types.
 
     Raises:
         InputError: no exported model there.
     """
     require_export(model_dir)
     with quietly():
-        return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
+        model = MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
+        if model.hides_residues:
+            of_types = MoietyForPreTraining.from_pretrained(str(model_dir)).type_head.state_dict()
+            last = of_types.keys() - {"0.weight", "0.bias"}
+            amino_acids = slice(FIRST_RESIDUE, FIRST_RESIDUE + len(AMINO_ACIDS))
+            as_head = {name: value[amino_acids] if name in last else value for name, value in of_types.items()}
+            for name, task in tasks.items():
+                if task["kind"] == "residues":
+                    model.get_submodule(f"heads.{name}.logits").load_state_dict(as_head)
+    return model
 
 
 def load_adapted(model_dir: str | Path, adapters: str | Path | Mapping[str, str | Path]) -> tuple[PeftModel, Any]:

@@ -240,6 +240,17 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
     return model
 
 
+def heads_from(config: FinetuneConfig, data: LabelledData) -> str:
+    """Where the weights of the heads come from, for people."""
+    known = [name for name, head in data.heads.items() if config.method != "scratch" and head["kind"] == "residues"]
+    fresh = [name for name in data.heads if name not in known]
+    return "; ".join(
+        f"{origin}: {', '.join(names)}"
+        for origin, names in (("random weights", fresh), ("the base's own for hidden types", known))
+        if names
+    )
+
+
 def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None) -> list[dict[str, Any]] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
     data = data or LabelledData.open(config.data, config.tasks)
@@ -251,7 +262,7 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     model = build_model(config, data.heads)
     trainable, total = trainable_share(model)
     source = "random weights" if config.method == "scratch" else config.model
-    run.progress.note(f"trunk from {source}; new heads, from random weights: {', '.join(data.heads)}")
+    run.progress.note(f"trunk from {source}; new heads, from {heads_from(config, data)}")
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objectives: list[Any] = [task.objective() for task in data.tasks]
     if config.replay:

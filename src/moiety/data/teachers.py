@@ -1,10 +1,11 @@
 """Teachers: models that label structures where no measurement and no DFT is at hand. A teacher is named in `theory`.
 
 SevenNet-0 (Park et al. 2024, doi:10.1021/acs.jctc.4c00190) labels crystals and surfaces, GFN2-xTB (Bannwarth et al.
-2019, doi:10.1021/acs.jctc.8b01176) open molecules, with their answer to an electric field too; GFN1-xTB (Grimme et al.
-2017, doi:10.1021/acs.jctc.7b00118) is the level below it that pretraining may learn from. All come with the extra
-`moiety[labels]`, weights included. Labels are kept in $MOIETY_CACHE/labels under a hash of teacher, version and
-structure, so that a rebuild takes seconds.
+2019, doi:10.1021/acs.jctc.8b01176) open molecules, with their answer to an electric field too. Pretraining may learn
+from others: of molecules from GFN1-xTB (Grimme et al. 2017, doi:10.1021/acs.jctc.7b00118), of crystals from CHGNet
+(Deng et al. 2023, doi:10.1038/s42256-023-00716-3) at the level of r2SCAN (Huang et al. 2025,
+doi:10.1038/s41524-025-01796-y). All come with the extra `moiety[labels]`, weights included. Labels are kept in
+$MOIETY_CACHE/labels under a hash of teacher, version and structure, so that a rebuild takes seconds.
 """
 # Shapes: N nodes.
 
@@ -15,10 +16,11 @@ import os
 import sqlite3
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -148,19 +150,58 @@ class SevenNet0:
         return all(number in self._calculator.type_map for number in set(structure.node_type.tolist()))
 
     def label(self, structure: Structure) -> Labels:
-        import torch
         from ase import Atoms
 
         atoms = Atoms(structure.node_type, structure.positions, cell=structure.cell, pbc=structure.pbc)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # sums in one order: the same labels on any number of cores
-        try:
+        with one_thread():
             self._calculator.calculate(atoms)
-        finally:
-            torch.set_num_threads(threads)
         results = self._calculator.results
         stress = results["stress"][[0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(3, 3) if atoms.pbc.all() else None
         return Labels(float(results["energy"]), results["forces"].astype(np.float64), stress)
+
+
+class CHGNetR2SCAN:
+    """The universal potential CHGNet, carried over to the functional r2SCAN: a model, not DFT. For crystals."""
+
+    theory = "r2SCAN by CHGNet (teacher model, not DFT)"
+    package = "chgnet"
+    gives = Labels
+
+    @cached_property
+    def _model(self) -> Any:
+        from importlib.resources import files
+
+        import torch
+        from chgnet.model import CHGNet  # pyright: ignore[reportMissingImports]
+
+        (path,) = (p for p in files("chgnet").joinpath("pretrained/r2scan").iterdir() if p.name.endswith(".pth.tar"))
+        with path.open("rb") as file:  # read here: chgnet itself would unpickle freely
+            saved = torch.load(file, map_location="cpu", weights_only=True)["model"]
+        with redirect_stdout(StringIO()):
+            return CHGNet.from_dict(saved, mlp_out_bias=False).eval()  # as CHGNet.load has it for these weights
+
+    def knows(self, structure: Structure) -> bool:
+        return structure.pbc is not None and bool(structure.pbc.all()) and int(structure.node_type.max()) <= 94
+
+    def label(self, structure: Structure) -> Labels:
+        from ase.units import GPa
+        from pymatgen.core import Lattice
+        from pymatgen.core import Structure as Crystal
+
+        assert structure.cell is not None
+
+        lattice = Lattice(structure.cell)
+        crystal = Crystal(lattice, structure.node_type.tolist(), structure.positions, coords_are_cartesian=True)
+        try:
+            with one_thread():
+                found = self._model.predict_structure(crystal, task="efs")
+        except ValueError as error:
+            if "isolated atom" in str(error):
+                raise NotConverged(str(error)) from error
+            raise
+        energy = float(found["e"]) * structure.num_nodes
+        stress = found["s"].astype(np.float64) * GPa
+        return Labels(energy, found["f"].astype(np.float64), (stress + stress.T) / 2)  # symmetric but for rounding
 
 
 class GFN2xTB:
@@ -318,6 +359,19 @@ class Labeller(Generic[Kind]):
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of torch: sums in one order, and so the same labels on any number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -2,8 +2,11 @@
 
 The answer must not leak: hydrogens of a hidden atom, whose number tells the element, are taken away with it; the
 CB of a residue node is the idealised one of its backbone for every residue type.
+
+Of a chain any share may be hidden, up to all of it: its backbone alone says something of every residue. So the same
+weights fill one gap in a sequence, and design a whole one (inverse folding, in any order of decoding).
 """
-# Shapes: N nodes, V vocabulary.
+# Shapes: B structures, N nodes, V vocabulary.
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ HYDROGEN_BOND_LENGTH = 1.35  # Å: longest bond of a hydrogen to the atom that c
 
 @dataclass(frozen=True)
 class MaskedTypesConfig:
-    share: float = 0.12  # of the nodes that may be hidden
+    share: float = 0.12  # of the heavy atoms; of a chain's residues between this and 1, drawn for each chain
     weight: float = 0.1
 
 
@@ -35,13 +38,16 @@ class MaskedTypes(Objective):
 
     def corrupt(self, batch: Batch, rng: torch.Generator) -> Batch:
         types = batch.node_type
-        hidden = (torch.rand(len(types), generator=rng) < self.config.share) & (types > 1) & (types < RESIDUE_MASK)
-        # one element alone in its crystal says nothing about itself: keep at least one node of every structure
+        is_residue, share = types >= FIRST_RESIDUE, self.config.share
+        of_chain_B = share + (1 - share) * torch.rand(batch.num_structures, generator=rng)
+        share_N = torch.where(is_residue, of_chain_B[batch.graph_index], share)
+        hidden = (torch.rand(len(types), generator=rng) < share_N) & (types > 1) & (types < RESIDUE_MASK)
+        # one element alone in its crystal says nothing about itself: keep at least one atom of every structure
         visible_B = torch.zeros(batch.num_structures, dtype=torch.bool).index_fill(
             0, batch.graph_index[~hidden & (types > 1)], True
         )
-        hidden &= visible_B[batch.graph_index]
-        mask_token = torch.where(types >= FIRST_RESIDUE, RESIDUE_MASK, MASK)
+        hidden &= is_residue | visible_B[batch.graph_index]
+        mask_token = torch.where(is_residue, RESIDUE_MASK, MASK)
         target = torch.where(hidden, types, -1)
         spoiled = batch.replace(
             node_type=torch.where(hidden, mask_token, types), node_targets=batch.node_targets | {"types": target}
