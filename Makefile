@@ -78,7 +78,7 @@ pretraining-choices: $(INSTALLED)
 	$(BIN)/python benchmarks/pretraining.py
 
 # What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with labels of teachers
-# beside (two hours), two adapters (34 and 15 minutes).
+# beside (an hour), two adapters (34 and 15 minutes).
 weights: $(INSTALLED)
 	$(TEACHERS)
 	for corpus in qm9 ccd crystals proteins forces gfn1 r2scan; do \

@@ -1,6 +1,6 @@
 """Crystals on the prototypes of `crystals` with more of their substitutions, labelled by CHGNet, to pretrain on.
 
-Every other one is strained and rattled. Families of prototypes are in the split that they have in `crystals`: none of
+Each has a strained and rattled copy. Families of prototypes are in the split that they have in `crystals`: none of
 its test or validation set is in train. No label is one that a recipe is tested on: those are of SevenNet-0, a model of
 PBE. An energy is that of an atom, and stress is a virial (stress times volume), so that both compare between cells.
 """
@@ -45,9 +45,9 @@ def unlabelled(pymatgen: Archive, options: tuple[tuple[str, int], ...]) -> list[
         crystals.classify(prototype)
     variants = [v for prototype in prototypes for v in crystals.substituted(prototype, numbers["variants"])]
     variants = [variants[index] for index in shuffled((v.id for v in variants), salt="r2scan")]
-    chosen = [variants[index] for index in select([v.groups["split"] for v in variants], numbers)]
-    copies = [crystals.rattled(variant, 1) if number % 2 else variant for number, variant in enumerate(chosen)]
-    return [replace(copy, source="r2scan") for copy in copies]
+    copies = [copy for variant in variants for copy in (variant, crystals.rattled(variant, 1))]
+    chosen = select([copy.groups["split"] for copy in copies], numbers)
+    return [replace(copies[index], source="r2scan") for index in chosen]
 
 
 def relative(crystal: Structure) -> Structure:

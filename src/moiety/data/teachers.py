@@ -193,7 +193,8 @@ class CHGNetR2SCAN:
         lattice = Lattice(structure.cell)
         crystal = Crystal(lattice, structure.node_type.tolist(), structure.positions, coords_are_cartesian=True)
         try:
-            with one_thread():
+            with one_thread(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch, about how chgnet reads a number
                 found = self._model.predict_structure(crystal, task="efs")
         except ValueError as error:
             if "isolated atom" in str(error):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from moiety.adapters.tasks import TaskConfig
+from moiety.data.shards import Corpus
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 
@@ -61,12 +64,11 @@ def model_card(run: Run, mixture: Mixture, parameters: int) -> str:
     losses = last_losses(run)
     objectives = list(dict.fromkeys(name for values in losses.values() for name in values))
     lmax = run.engine.module.config.lmax
-    learned = ", ".join(task.label for task in config.tasks)
-    levels = " and ".join(dict.fromkeys(s.corpus.manifest.get("theory", "") for s in mixture.supervised))
+    learned = "; ".join(_learned(source.corpus, config.tasks) for source in mixture.supervised)
     citations = dict.fromkeys(s.corpus.manifest.get("citation", "") for s in mixture.sources)
     return TEMPLATE.format(
         parameters=parameters,
-        labels=f"Beside that it learned labels of {levels}: {learned}.\n" if learned else "",
+        labels=f"Beside that it learned labels of {learned}.\n" if learned else "",
         components=(lmax + 1) ** 2,
         channels=run.engine.module.config.hidden_size,
         two=", 2" if lmax == 2 else "",
@@ -93,6 +95,12 @@ def last_losses(run: Run) -> dict[str, dict[str, float]]:
             for name, value in values.items():
                 gathered.setdefault(domain, {}).setdefault(name, []).append(value)
     return {d: {name: sum(v) / len(v) for name, v in values.items()} for d, values in gathered.items()}
+
+
+def _learned(corpus: Corpus, tasks: Sequence[TaskConfig]) -> str:
+    """Level of theory, and the labels of it that are tasks."""
+    labels = [task.label for task in tasks if task.label in corpus.manifest.get("units", {})]
+    return f"{corpus.manifest.get('theory', corpus.manifest['name'])}: {', '.join(labels)}"
 
 
 def _data_row(name: str, corpus: Any) -> str:
