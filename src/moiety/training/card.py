@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from moiety.adapters.tasks import TaskConfig
-from moiety.data.shards import Corpus
 from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 
@@ -97,7 +96,7 @@ def last_losses(run: Run) -> dict[str, dict[str, float]]:
     return {d: {name: sum(v) / len(v) for name, v in values.items()} for d, values in gathered.items()}
 
 
-def _learned(corpus: Corpus, tasks: Sequence[TaskConfig]) -> str:
+def _learned(corpus: Any, tasks: Sequence[TaskConfig]) -> str:
     """Level of theory, and the labels of it that are tasks."""
     labels = [task.label for task in tasks if task.label in corpus.manifest.get("units", {})]
     return f"{corpus.manifest.get('theory', corpus.manifest['name'])}: {', '.join(labels)}"
