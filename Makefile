@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The teachers that label structures, where a target needs them.
 TEACHERS := $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,labels]'
+# Corpora in full, where they are not there yet.
+built = for corpus in $(1); do \
+	test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
 PEERS := .venv-peers
 PEERS_INSTALLED := $(PEERS)/.installed
 RUN ?= runs/quickstart
@@ -61,28 +64,25 @@ format: $(INSTALLED)
 # What pretraining is worth: paired runs of all methods on tasks of every domain; many hours.
 transfer: $(INSTALLED)
 	$(TEACHERS)
-	for corpus in qm9 forces crystals proteins; do \
-		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
+	$(call built,qm9 forces crystals proteins)
 	$(BIN)/python benchmarks/transfer.py
 
 transfer-quick: $(INSTALLED)
 	$(TEACHERS)
-	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
+	$(call built,qm9)
 	$(BIN)/python benchmarks/transfer.py --quick
 
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)
 	$(TEACHERS)
-	for corpus in qm9 ccd crystals proteins forces gfn1; do \
-		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
+	$(call built,qm9 ccd crystals proteins forces gfn1)
 	$(BIN)/python benchmarks/pretraining.py
 
-# What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with labels of teachers
+# What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with labels of a teacher
 # beside (an hour), two adapters (34 and 15 minutes).
 weights: $(INSTALLED)
 	$(TEACHERS)
-	for corpus in qm9 ccd crystals proteins forces gfn1 r2scan; do \
-		test -d corpora/full/$$corpus || $(BIN)/moiety data build $$corpus --profile full || exit; done
+	$(call built,qm9 ccd crystals proteins forces gfn1)
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released_denoising.yaml --out runs/released/denoising
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released.yaml --out runs/released/base
 	$(BIN)/python finetune/lora.py --config finetune/configs/released_gap.yaml --out runs/released/gap
@@ -101,8 +101,7 @@ bench-gpu: $(INSTALLED) $(PEERS_INSTALLED)
 # Accuracy for the same compute: pilots, then the matrix; many hours. What is finished is not run again.
 bench-accuracy: $(INSTALLED) $(PEERS_INSTALLED)
 	$(TEACHERS)
-	test -d corpora/full/qm9 || $(BIN)/moiety data build qm9 --profile full
-	test -d corpora/full/forces || $(BIN)/moiety data build forces --profile full
+	$(call built,qm9 forces)
 	test -f corpora/accuracy/forces.npz || $(BIN)/python benchmarks/accuracy/prepare.py
 	$(BIN)/python benchmarks/accuracy.py --pilot
 	$(BIN)/python benchmarks/accuracy.py

@@ -107,8 +107,8 @@ def every_count() -> list[int]:
 
 def knows_others(ledger: Ledger, job: Job) -> bool:
     """Whether the ledger has what needs no network, where there is something."""
-    cheap = TASKS[job.task].cheap
-    return cheap is None or f"{job.seed}" in ledger.of(job).get(cheap.name, {})
+    teacher = TASKS[job.task].teacher
+    return teacher is None or f"{job.seed}" in ledger.of(job).get(teacher.name, {})
 
 
 def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
@@ -121,7 +121,7 @@ def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
         train, test = (subset.read(range(len(subset)), whole=True) for subset in (data.train, data.test))
         about = TASKS[job.task]
         task = next(task for task in data.tasks if task.name == about.target)
-        answers = {about.cheap.name: about.cheap.fitted(task, train, test)} if about.cheap else {}
+        answers = {about.teacher.name: about.teacher.fitted(task, train, test)} if about.teacher else {}
         if about.smiles:
             answers[FINGERPRINT] = boosted(task, train, test, job.seed)
         true = task.labels(test)

@@ -19,6 +19,7 @@ from moiety.adapters.adapter import (
     load_adapted,
     load_base,
     save_adapter,
+    start_residue_heads,
     trainable_share,
     trunk_linears,
 )
@@ -60,6 +61,7 @@ def test_a_head_for_residues_starts_as_what_the_base_says_of_hidden_ones(export:
     batch = with_neighbors(collate(chains), 5.0)
     hidden = batch.replace(node_type=torch.full_like(batch.node_type, RESIDUE_MASK))
     model, base = load_base(export, {"residue": {"kind": "residues"}}), MoietyForPreTraining.from_pretrained(export)
+    start_residue_heads(model, export)
     with torch.no_grad():
         told = model.eval()(**batch.inputs()).predictions["residue"]
         expected = base.eval()(**hidden.inputs()).type_logits

@@ -150,9 +150,7 @@ def finished_run(folder: Path) -> Path:
     config = json.loads((run / "export/config.json").read_text()) | {"auto_map": {}}
     (run / "export/config.json").write_text(json.dumps(config))
     recipe = yaml.safe_load((TINY / "recipe.yaml").read_text())
-    recipe["data"]["sources"] = [
-        {"path": str(SAMPLES / name), "weight": 1, "supervised": True} for name in ("gfn1", "r2scan")
-    ]
+    recipe["data"]["sources"] = [{"path": str(SAMPLES / "gfn1"), "weight": 1, "supervised": True}]
     (folder / "before").mkdir()
     (folder / "before/config.json").write_text(json.dumps(yaml.safe_load((TINY / "recipe_start.yaml").read_text())))
     recipe["start"] = str(folder / "before/export")

@@ -224,6 +224,14 @@ def test_gfn1_xtb_forces_are_the_slope_of_its_energy_and_its_charges_make_its_di
     assert np.array_equal(again.node_scalars["mulliken"], labels.charges) and again.scalars["gap"] == labels.gap
 
 
+def test_chgnet_has_no_answer_for_an_atom_alone():
+    pytest.importorskip("chgnet")
+    argon = Structure(np.array([18]), np.zeros((1, 3)))
+    argon.cell, argon.pbc = 20 * np.eye(3), np.ones(3, bool)
+    with pytest.raises(NotConverged, match="isolated atom"):
+        CHGNetR2SCAN().label(argon)
+
+
 @pytest.mark.parametrize(("teacher", "package"), [(SevenNet0(), "sevenn"), (CHGNetR2SCAN(), "chgnet")])
 def test_forces_and_stress_of_crystals_are_slopes_of_the_energy(teacher: teachers.Teacher[Labels], package: str):
     pytest.importorskip(package)

@@ -101,7 +101,7 @@ def test_another_base_keeps_what_does_not_depend_on_it(transfer: Any, tmp_path: 
     assert other.errors["gap"]["1000"] == {"from scratch": {"0": 0.5}, "mean predictor": {"0": 1.0}}
 
 
-def test_the_cheap_level_is_fitted_to_the_task(transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_teacher_is_fitted_to_the_task(transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A label that is its answer times two, and a little of every carbon, is found again."""
     pytest.importorskip("tblite")
     monkeypatch.setenv("MOIETY_CACHE", str(tmp_path / "cache"))
@@ -110,7 +110,22 @@ def test_the_cheap_level_is_fitted_to_the_task(transfer: Any, tmp_path: Path, mo
         assert structure.energy is not None and structure.forces is not None
         structure.scalars["u"] = 2 * structure.energy + 0.5 * (structure.node_type == 6).sum()
         structure.forces = 3 * structure.forces
-    for label, kind, cheap in (("u", "sum", "u0"), ("forces", "vector", "forces")):
+    for label, kind, name in (("u", "sum", "u0"), ("forces", "vector", "forces")):
         task = Task.fit(TaskConfig(label, kind), structures[:16])
-        answers = transfer.TASKS[cheap].cheap.fitted(task, structures[:16], structures[16:])
+        answers = transfer.TASKS[name].teacher.fitted(task, structures[:16], structures[16:])
         assert task.error(answers, task.labels(structures[16:])) < 1e-5
+
+
+def test_a_teacher_of_crystals_is_fitted_with_reference_energies(
+    transfer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("chgnet")
+    monkeypatch.setenv("MOIETY_CACHE", str(tmp_path / "cache"))
+    path = BENCHMARKS.parent / "tests/data/corpora/r2scan"
+    crystals = Corpus.open(path, split="train").read(range(24), whole=True)
+    for crystal in crystals:
+        says = crystal.scalars["energy_per_atom"]
+        crystal.energy = crystal.num_nodes * says + 0.01 * float((crystal.node_type - 20).sum())
+    task = Task.fit(TaskConfig("energy", "energy", unit="eV/atom"), crystals)
+    answers = transfer.TASKS["crystals"].teacher.fitted(task, crystals, crystals)
+    assert task.error(answers, task.labels(crystals)) < 1e-3

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paired import cheap
+from paired.teacher_baseline import CRYSTAL_ENERGY, DIPOLE, ENERGY, FORCES, GAP, TeacherBaseline
 from peers.crew import ROOT
 from peers.progress import tracked
 
@@ -33,16 +33,16 @@ class Task:
     counts: tuple[int, ...]
     changes: tuple[str, ...] = ()
     smiles: bool = False  # its structures have them
-    cheap: cheap.Cheap | None = None  # what a teacher of pretraining says of it
+    teacher: TeacherBaseline | None = None  # what a teacher of pretraining says of it
 
 
 QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
 TASKS = {
-    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True, cheap=cheap.DIPOLE),
-    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True, cheap=cheap.ENERGY),
-    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True, cheap=cheap.GAP),
-    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",), cheap=cheap.FORCES),
-    "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",), cheap=cheap.OF_CRYSTALS),
+    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True, teacher=DIPOLE),
+    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True, teacher=ENERGY),
+    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True, teacher=GAP),
+    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",), teacher=FORCES),
+    "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",), teacher=CRYSTAL_ENERGY),
     "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
     "secondary": Task("proteins_secondary", "secondary_structure", (100, 1000, 10000), ("num_val=200",)),
 }

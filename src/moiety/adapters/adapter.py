@@ -184,23 +184,25 @@ def require_export(model_dir: str | Path) -> None:
 
 
 def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPrediction:
-    """The pretrained trunk with fresh heads for the tasks; one that tells residues starts as the base's own for types.
+    """The pretrained trunk with fresh heads for the tasks.
 
     Raises:
         InputError: no exported model there.
     """
     require_export(model_dir)
     with quietly():
-        model = MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
-        if model.hides_residues:
-            of_types = MoietyForPreTraining.from_pretrained(str(model_dir)).type_head.state_dict()
-            last = of_types.keys() - {"0.weight", "0.bias"}
-            amino_acids = slice(FIRST_RESIDUE, FIRST_RESIDUE + len(AMINO_ACIDS))
-            as_head = {name: value[amino_acids] if name in last else value for name, value in of_types.items()}
-            for name, task in tasks.items():
-                if task["kind"] == "residues":
-                    model.get_submodule(f"heads.{name}.logits").load_state_dict(as_head)
-    return model
+        return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
+
+
+def start_residue_heads(model: MoietyForPrediction, model_dir: str | Path) -> None:
+    """Heads of kind `residues` become the base's own head of types, of which only the amino acids are left."""
+    with quietly():
+        weights = MoietyForPreTraining.from_pretrained(str(model_dir)).type_head.state_dict()
+    for name in ("2.weight", "2.bias"):  # the last map of the head, a row a type
+        weights[name] = weights[name][FIRST_RESIDUE : FIRST_RESIDUE + len(AMINO_ACIDS)]
+    for name, head in model.heads.items():
+        if head.kind == "residues":
+            model.get_submodule(f"heads.{name}.logits").load_state_dict(weights)
 
 
 def load_adapted(model_dir: str | Path, adapters: str | Path | Mapping[str, str | Path]) -> tuple[PeftModel, Any]:

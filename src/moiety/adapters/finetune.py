@@ -19,6 +19,7 @@ from moiety.adapters.adapter import (
     load_base,
     require_export,
     save_adapter,
+    start_residue_heads,
     trainable_share,
 )
 from moiety.adapters.baselines import baselines
@@ -232,6 +233,8 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
         model = MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=heads))
     else:
         model = load_base(config.model, heads)
+        if model.hides_residues:
+            start_residue_heads(model, config.model)
     model.derives &= any(task.kind in DERIVED for task in config.tasks)
     if config.method in ADAPTERS:
         return add_adapter(model, config.adapter, config.method)

@@ -152,6 +152,8 @@ class SevenNet0:
     def label(self, structure: Structure) -> Labels:
         from ase import Atoms
 
+        from moiety.threads import one_thread  # here, as torch above: most recipes need neither
+
         atoms = Atoms(structure.node_type, structure.positions, cell=structure.cell, pbc=structure.pbc)
         with one_thread():
             self._calculator.calculate(atoms)
@@ -188,8 +190,9 @@ class CHGNetR2SCAN:
         from pymatgen.core import Lattice
         from pymatgen.core import Structure as Crystal
 
-        assert structure.cell is not None
+        from moiety.threads import one_thread
 
+        assert structure.cell is not None
         lattice = Lattice(structure.cell)
         crystal = Crystal(lattice, structure.node_type.tolist(), structure.positions, coords_are_cartesian=True)
         try:
@@ -360,19 +363,6 @@ class Labeller(Generic[Kind]):
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Of torch: sums in one order, and so the same labels on any number of cores."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

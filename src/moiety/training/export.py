@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 from moiety.models.modeling_moiety import MoietyForPreTraining
 from moiety.models.processing_moiety import MoietyProcessor
+from moiety.threads import one_thread
 from moiety.training.card import model_card
 from moiety.training.files import write_json, write_text
 from moiety.training.mixture import Mixture
@@ -99,14 +98,3 @@ def probe_outputs(model: Any, processor: Any) -> dict[str, Tensor]:
     with one_thread():
         output = model.to("cpu").eval()(**processor(probe_structures()))
     return {"node_features": output.node_features.contiguous(), "graph_features": output.graph_features.contiguous()}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The order of a sum, hence its last bit, depends on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ from moiety.data.teachers import CHGNetR2SCAN, GFN1xTB, Labeller, Teacher
 
 
 @dataclass(frozen=True)
-class Cheap:
+class TeacherBaseline:
     """A label of a teacher's: energy, dipole, gap, forces."""
 
     teacher: type[Teacher[Any]]
@@ -73,5 +73,5 @@ class Cheap:
         return np.column_stack([values, counts])
 
 
-DIPOLE, ENERGY, GAP, FORCES = (Cheap(GFN1xTB, label) for label in ("dipole", "energy", "gap", "forces"))
-OF_CRYSTALS = Cheap(CHGNetR2SCAN, "energy")
+DIPOLE, ENERGY, GAP, FORCES = (TeacherBaseline(GFN1xTB, label) for label in ("dipole", "energy", "gap", "forces"))
+CRYSTAL_ENERGY = TeacherBaseline(CHGNetR2SCAN, "energy")
