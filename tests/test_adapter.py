@@ -56,6 +56,19 @@ def batch() -> Batch:
     return with_neighbors(collate(corpus.read(range(8))), 5.0)
 
 
+def test_the_charges_of_a_fresh_dipole_do_not_pull_against_its_vectors(export: Path, batch: Batch) -> None:
+    """Their common sign does not show in the norm, so opposite ones would be a minimum of their own."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = load_base(export, TASKS).eval()
+        with torch.no_grad():
+            output = model(**batch.inputs())
+            vector_N3 = model.heads["dipole"].vector(output.node_features)
+        total_B3 = torch.zeros(batch.num_structures, 3).index_add(0, batch.graph_index, vector_N3)
+        expected_B = 1.5 * (total_B3.square().sum(-1) + 1e-6).sqrt()
+        assert torch.allclose(output.predictions["dipole"], expected_B, rtol=1e-4)
+
+
 def test_a_head_for_residues_starts_as_what_the_base_says_of_hidden_ones(export: Path) -> None:
     chains = Corpus.open(ROOT / "tests/data/corpora/proteins", split="train").read(range(2))
     batch = with_neighbors(collate(chains), 5.0)

@@ -146,9 +146,10 @@ class TaskHead(nn.Module):
             num_classes = len(classes or AMINO_ACIDS)
             self.logits = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, num_classes))
         elif kind != "vector":
-            # predictions start near the mean; and large random charges, multiplied by Å, would leave the norm of a
-            # dipole in a poor minimum for some seeds
-            self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), ScaledLinear(inner, 1, gain=0.1))
+            # predictions start near the mean. The sign of a dipole does not show in its norm: charges start at none and
+            # follow the atoms' vectors, or those of some seeds pull against these and stay in a poor minimum
+            gain = 0.0 if kind == "dipole_norm" else 0.1
+            self.scalar = nn.Sequential(nn.Linear(channels, inner), nn.SiLU(), ScaledLinear(inner, 1, gain=gain))
         if kind in ("vector", "dipole_norm"):
             self.vector = VectorHead(config)
 

@@ -65,8 +65,10 @@ def start_distributed() -> tuple[int, int]:
     if alone:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    device = None
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(
@@ -74,7 +76,7 @@ def start_distributed() -> tuple[int, int]:
         )  # else every rank takes all cores
     if alone:  # without a port, which another process might take in the moment between its choice and its use
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     # DeepSpeed calls these thousands of times
     warnings.filterwarnings("ignore", message=".*_tensor. is deprecated", category=FutureWarning)

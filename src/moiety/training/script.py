@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from torch import distributed
 from transformers.utils import logging
 
 from moiety.errors import InputError
@@ -20,7 +21,10 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
-        sys.exit(main())
+        code = main()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()  # NCCL warns of a leak otherwise
+        sys.exit(code)
     except InputError as error:
         if first:  # every rank finds the same mistake
             print(f"error: {error}", file=sys.stderr)
