@@ -3,8 +3,8 @@
     python pretrain/release.py runs/released/base tiny gap=runs/released/gap forces=runs/released/forces
 
 What `moiety.weights(NAME)` then returns holds the export without its code, which the package has, the recipe, and the
-adapters; where the run went on from another one's export, that one's recipe too. The card gains where the weights come
-from: recipes, seed, versions, corpora by the hash of their manifest.
+adapters; where the run went on from another one's export, that one's recipe too, and so on. The card gains where the
+weights come from: recipes, seeds, versions, machines, corpora by the hash of their manifest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
@@ -50,13 +49,11 @@ def release(run: Path, name: str, adapters: dict[str, Path], out: Path) -> None:
     Raises:
         InputError: something is missing in the run, an adapter belongs to another base, or all of it is too large.
     """
-    for needed in (run / "export/probe.json", run / "config.json", run / "run.json"):
-        if not needed.is_file():
-            raise InputError(f"{needed} is missing; give a finished run of pretrain/train.py")
+    runs = lineage(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent) as place:
         aside = Path(place) / name
-        gather(run, name, adapters, aside)
+        gather(runs, name, adapters, aside)
         size = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file())
         if size > MOST_BYTES:
             raise InputError(f"{run}: {size:,} bytes; weights in the package have at most {MOST_BYTES:,}")
@@ -65,26 +62,42 @@ def release(run: Path, name: str, adapters: dict[str, Path], out: Path) -> None:
     print(f"{out}: {size:,} bytes, base {base_fingerprint(out)}, adapters: {', '.join(adapters) or 'none'}")
 
 
-def gather(run: Path, name: str, adapters: dict[str, Path], aside: Path) -> None:
+def gather(runs: dict[str, Path], name: str, adapters: dict[str, Path], aside: Path) -> None:
     """All files of the directory, into an empty one."""
-    export = run / "export"
+    export = runs["recipe.yaml"] / "export"
     aside.mkdir()
     for file in KEPT:
         shutil.copyfile(export / file, aside / file)
     config = json.loads((aside / "config.json").read_text())
     del config["auto_map"]  # names of code files that are not beside it
     write_json(aside / "config.json", config)
-    recipe = json.loads((run / "config.json").read_text())
-    write_text(aside / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    if recipe["start"]:
-        before = json.loads((Path(recipe["start"]).parent / "config.json").read_text())
-        write_text(aside / "recipe_start.yaml", yaml.safe_dump(before, sort_keys=False))
+    for file, folder in runs.items():
+        recipe = json.loads((folder / "config.json").read_text())
+        write_text(aside / file, yaml.safe_dump(recipe, sort_keys=False))
     rows = [put_adapter(name, adapter, folder, export, aside) for adapter, folder in adapters.items()]
     card = (aside / "README.md").read_text()
     card = card.replace("from transformers", "import moiety\nfrom transformers", 1)
     card = card.replace("DIR, trust_remote_code=True", f'moiety.weights("{name}")')
     answers = "\n## Adapters\n\nIn `adapters/`; `moiety predict` asks all of them.\n" if rows else ""
-    write_text(aside / "README.md", card + origin(run, recipe) + answers + "".join(rows))
+    write_text(aside / "README.md", card + origin(runs) + answers + "".join(rows))
+
+
+def lineage(run: Path) -> dict[str, Path]:
+    """File of the recipe -> run: the run itself, the one that it went on from, and so on.
+
+    Raises:
+        InputError: one of them is not a finished run.
+    """
+    runs = {"recipe.yaml": run}
+    while True:
+        for needed in (run / "export/probe.json", run / "config.json", run / "run.json"):
+            if not needed.is_file():
+                raise InputError(f"{needed} is missing; give a finished run of pretrain/train.py")
+        start = json.loads((run / "config.json").read_text()).get("start")
+        if not start:
+            return runs
+        run = Path(start).parent
+        runs[f"recipe_{run.name}.yaml"] = run
 
 
 def put_adapter(name: str, adapter: str, run: Path, export: Path, out: Path) -> str:
@@ -113,18 +126,27 @@ def put_adapter(name: str, adapter: str, run: Path, export: Path, out: Path) -> 
     return "".join(lines)
 
 
-def origin(run: Path, recipe: dict[str, Any]) -> str:
+def origin(runs: dict[str, Path]) -> str:
     """The part of the card on where the weights come from."""
-    facts = json.loads((run / "run.json").read_text())
-    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
-    manifests = [Path(source["path"]) / "manifest.json" for source in recipe["data"]["sources"]]
-    corpora = "\n".join(f"- {m.parent.name}: {hashlib.sha256(m.read_bytes()).hexdigest()}" for m in manifests)
+    lines, manifests = [], {}
+    for file, run in reversed(runs.items()):
+        recipe, facts = (json.loads((run / name).read_text()) for name in ("config.json", "run.json"))
+        versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+        machine = f"{facts['machine']['device']}, {facts['machine']['processes']} process(es)"
+        training = recipe["training"]
+        lines.append(f"1. `{file}`: {training['steps']:,} steps, seed {training['seed']}; {machine}; {versions}")
+        for source in recipe["data"]["sources"]:
+            manifest = Path(source["path"]) / "manifest.json"
+            manifests[manifest.parent.name] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    corpora = "\n".join(f"- {name}: {digest}" for name, digest in manifests.items())
     return f"""
 ## Origin
 
-`recipe.yaml`{", from the model of `recipe_start.yaml`" if recipe["start"] else ""}, \
-seed {recipe["training"]["seed"]}; {versions}; {facts["machine"]["device"]}, \
-{facts["machine"]["processes"]} process. Corpora, by the sha256 of their manifest:
+Each goes on from the model of the one before:
+
+{chr(10).join(lines)}
+
+Corpora, by the sha256 of their manifest:
 
 {corpora}
 """

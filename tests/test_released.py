@@ -77,7 +77,7 @@ def losses() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize(("config", "recipe"), [("released", "recipe"), ("released_denoising", "recipe_start")])
+@pytest.mark.parametrize(("config", "recipe"), [("released", "recipe"), ("released_denoising", "recipe_denoising")])
 def test_the_recipes_are_those_that_stand_in_the_configurations(config: str, recipe: str) -> None:
     ours = load_config(PretrainConfig, ROOT / f"pretrain/configs/{config}.yaml")
     theirs = load_config(PretrainConfig, TINY / f"{recipe}.yaml")
@@ -133,7 +133,7 @@ def test_a_release_holds_what_it_takes_to_make_it_again(release: ModuleType, tmp
         and "B3LYP" in card
         and "seed 0" in card
     )
-    assert yaml.safe_load((tmp_path / "out/recipe_start.yaml").read_text())["training"]["steps"] == 18000
+    assert yaml.safe_load((tmp_path / "out/recipe_denoising.yaml").read_text())["training"]["steps"] == 18000
     assert AutoModel.from_pretrained(tmp_path / "out").config.hidden_size == 80
     other = json.loads((fine / "adapter/adapter_config.json").read_text())
     other["auto_mapping"]["base_fingerprint"] = "0" * 16
@@ -151,15 +151,16 @@ def finished_run(folder: Path) -> Path:
     (run / "export/config.json").write_text(json.dumps(config))
     recipe = yaml.safe_load((TINY / "recipe.yaml").read_text())
     recipe["data"]["sources"] = [{"path": str(SAMPLES / "gfn1"), "weight": 1, "supervised": True}]
-    (folder / "before").mkdir()
-    (folder / "before/config.json").write_text(json.dumps(yaml.safe_load((TINY / "recipe_start.yaml").read_text())))
-    recipe["start"] = str(folder / "before/export")
-    (run / "config.json").write_text(json.dumps(recipe))
+    recipe["start"] = str(folder / "denoising/export")
+    facts = {"versions": {"moiety": "0"}, "machine": {"device": "CPU", "processes": 1}}
+    before = yaml.safe_load((TINY / "recipe_denoising.yaml").read_text())
+    before["data"]["sources"] = [{"path": str(SAMPLES / "qm9"), "weight": 1}]
+    shutil.copytree(TINY, folder / "denoising/export")
+    for path, asked in ((run, recipe), (folder / "denoising", before)):
+        (path / "config.json").write_text(json.dumps(asked))
+        (path / "run.json").write_text(json.dumps(facts))
     card = (TINY / "README.md").read_text()
     (run / "export/README.md").write_text(card.replace('moiety.weights("tiny")', "DIR, trust_remote_code=True"))
-    (run / "run.json").write_text(
-        json.dumps({"versions": {"moiety": "0"}, "machine": {"device": "CPU", "processes": 1}})
-    )
     return run
 
 
