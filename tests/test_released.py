@@ -77,7 +77,10 @@ def losses() -> dict[str, dict[str, float]]:
     return found
 
 
-@pytest.mark.parametrize(("config", "recipe"), [("released", "recipe"), ("released_denoising", "recipe_denoising")])
+@pytest.mark.parametrize(
+    ("config", "recipe"),
+    [("released", "recipe"), ("released_labels", "recipe_labels"), ("released_denoising", "recipe_denoising")],
+)
 def test_the_recipes_are_those_that_stand_in_the_configurations(config: str, recipe: str) -> None:
     ours = load_config(PretrainConfig, ROOT / f"pretrain/configs/{config}.yaml")
     theirs = load_config(PretrainConfig, TINY / f"{recipe}.yaml")
