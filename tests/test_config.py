@@ -19,7 +19,8 @@ def load(*overrides: str) -> PretrainConfig:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_loads_and_fits_its_model(path: Path):
+def test_every_configuration_loads_and_fits_its_model(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)  # where nothing has been trained
     config = load_config(PretrainConfig, path)
     if config.model:
         assert config.model_config().hidden_size == config.model["hidden_size"]
