@@ -90,14 +90,14 @@ def test_a_new_model_can_learn_from_labels_too(base: Path):
     del tree["start"]
     numbers = json.loads((base / "config.json").read_text())
     tree["model"] = {name: numbers[name] for name in ("hidden_size", "num_layers", "num_heads", "edge_channels")}
-    tree["data"]["sources"] = [{"path": str(SAMPLES / "gfn1"), "supervised": True}]
+    tree["data"]["sources"] = [{"path": str(SAMPLES / name), "supervised": True} for name in LABELS]
     path = base.parent / "new.yaml"
     path.write_text(yaml.safe_dump(tree))
     config = load_config(PretrainConfig, path)
     torch.manual_seed(0)
     model, objectives, tasks = build(config, Mixture.open(config.data))
     assert model.config.hidden_size == 16 and set(model.config.tasks) == {task.name for task in tasks}
-    assert len(objectives) == 3 + 5
+    assert len(objectives) == 3 + 7
 
 
 @pytest.mark.parametrize(
