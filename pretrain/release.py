@@ -138,13 +138,14 @@ def origin(runs: dict[str, Path]) -> str:
         for source in recipe["data"]["sources"]:
             manifest = Path(source["path"]) / "manifest.json"
             manifests[manifest.parent.name] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    trained = "\n".join(lines)
     corpora = "\n".join(f"- {name}: {digest}" for name, digest in manifests.items())
     return f"""
 ## Origin
 
 Each goes on from the model of the one before:
 
-{chr(10).join(lines)}
+{trained}
 
 Corpora, by the sha256 of their manifest:
 
