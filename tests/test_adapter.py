@@ -19,10 +19,10 @@ from moiety.adapters.adapter import (
     load_adapted,
     load_base,
     save_adapter,
-    start_residue_heads,
     trainable_share,
     trunk_linears,
 )
+from moiety.adapters.starts import TYPES, Start, start_heads
 from moiety.data.shards import Corpus
 from moiety.errors import InputError
 from moiety.inference.predict import load_predictor
@@ -74,7 +74,7 @@ def test_a_head_for_residues_starts_as_what_the_base_says_of_hidden_ones(export:
     batch = with_neighbors(collate(chains), 5.0)
     hidden = batch.replace(node_type=torch.full_like(batch.node_type, RESIDUE_MASK))
     model, base = load_base(export, {"residue": {"kind": "residues"}}), MoietyForPreTraining.from_pretrained(export)
-    start_residue_heads(model, export)
+    start_heads(model, export, {"residue": Start(TYPES, {"kind": "residues"})})
     with torch.no_grad():
         told = model.eval()(**batch.inputs()).predictions["residue"]
         expected = base.eval()(**hidden.inputs()).type_logits

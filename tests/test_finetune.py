@@ -308,7 +308,7 @@ def test_derivatives_are_taken_where_they_are_learned(base: Path, recipe: str, d
     words = [*SHORT, f"model={base}", f"corpus={corpus}"]
     config = load_config(FinetuneConfig, ROOT / f"finetune/configs/{recipe}.yaml", words)
     data = LabelledData.open(config.data, config.tasks)
-    model = build_model(config, data.heads)
+    model = build_model(config, data)
     assert model.derives is derives
     task = data.tasks[0]
     structures = data.test.read(range(3), whole=True)

@@ -75,10 +75,13 @@ def test_training_goes_on_from_a_model_and_leaves_one_of_the_same_kind(base: Pat
     assert {"coordinates", "types"} <= first["losses"]["molecule"].keys()
     export = tmp_path / "run/export"
     before, after = (load_file(folder / "model.safetensors") for folder in (base, export))
-    assert before.keys() == after.keys() and json.loads((export / "config.json").read_text())["tasks"] is None
+    of_labels = {name.split(".")[1] for name in after.keys() - before.keys()}
+    tasks = json.loads((export / "config.json").read_text())["tasks"]
+    assert set().union(*LABELS.values()) == of_labels == set(tasks), "their heads are kept"
     changes = {name: float((after[name] - before[name]).abs().max()) for name in before}
     assert 0 < max(changes.values()) < 0.01, "two steps away from where it started"
-    MoietyForPreTraining.from_pretrained(export)
+    labelled = MoietyForPreTraining.from_pretrained(export).heads
+    assert set(labelled) == of_labels
     card = (export / "README.md").read_text().replace("\n", " ")
     assert (
         "labels of GFN1-xTB: energy, forces, dipole, gap, mulliken; r2SCAN by CHGNet (teacher model, not DFT): " in card

@@ -23,8 +23,8 @@ from torch import nn
 from transformers.utils import logging
 
 from moiety.errors import InputError
-from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
-from moiety.models.vocabulary_moiety import AMINO_ACIDS, FIRST_RESIDUE
+from moiety.models.configuration_moiety import MoietyConfig
+from moiety.models.modeling_moiety import MoietyForPrediction, MoietyModel
 from moiety.training.files import write_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -184,25 +184,17 @@ def require_export(model_dir: str | Path) -> None:
 
 
 def load_base(model_dir: str | Path, tasks: dict[str, Any]) -> MoietyForPrediction:
-    """The pretrained trunk with fresh heads for the tasks.
+    """The pretrained trunk with fresh heads for the tasks, whatever heads it has itself.
 
     Raises:
         InputError: no exported model there.
     """
     require_export(model_dir)
+    config = MoietyConfig.from_pretrained(str(model_dir), tasks=tasks)
+    model = MoietyForPrediction(config)
     with quietly():
-        return MoietyForPrediction.from_pretrained(str(model_dir), tasks=tasks)
-
-
-def start_residue_heads(model: MoietyForPrediction, model_dir: str | Path) -> None:
-    """Heads of kind `residues` become the base's own head of types, of which only the amino acids are left."""
-    with quietly():
-        weights = MoietyForPreTraining.from_pretrained(str(model_dir)).type_head.state_dict()
-    for name in ("2.weight", "2.bias"):  # the last map of the head, a row a type
-        weights[name] = weights[name][FIRST_RESIDUE : FIRST_RESIDUE + len(AMINO_ACIDS)]
-    for name, head in model.heads.items():
-        if head.kind == "residues":
-            model.get_submodule(f"heads.{name}.logits").load_state_dict(weights)
+        model.moiety = MoietyModel.from_pretrained(str(model_dir), config=config)
+    return model.eval()
 
 
 def load_adapted(model_dir: str | Path, adapters: str | Path | Mapping[str, str | Path]) -> tuple[PeftModel, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from moiety.adapters.adapter import (
     load_base,
     require_export,
     save_adapter,
-    start_residue_heads,
     trainable_share,
 )
 from moiety.adapters.baselines import baselines
+from moiety.adapters.outputs import predict
 from moiety.adapters.references import unknown_elements
 from moiety.adapters.replay import (
     PRETRAINING,
@@ -33,6 +33,7 @@ from moiety.adapters.replay import (
     replayed,
     with_frozen_heads,
 )
+from moiety.adapters.starts import Start, find_starts, start_heads
 from moiety.adapters.tasks import DERIVED, Task, TaskConfig, lines_of, require_consistent
 from moiety.data.shards import Corpus
 from moiety.data.subset import Subset, Unlabelled
@@ -40,7 +41,6 @@ from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.objectives import build_objectives
-from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import DataConfig, OptimizerConfig, SourceConfig, TrainingConfig
 from moiety.training.engine import optimizer_bytes
@@ -118,6 +118,7 @@ class LabelledData:
     tasks: tuple[Task, ...]
     val: Subset | None = None
     without_reference: tuple[str, ...] = ()  # elements for which test structures were left out
+    starts: dict[str, Start] = field(default_factory=dict)  # task -> the head of the base that its own starts as
 
     @classmethod
     def open(cls, config: LabelledDataConfig, tasks: Sequence[TaskConfig]) -> LabelledData:
@@ -150,7 +151,15 @@ class LabelledData:
     @property
     def heads(self) -> dict[str, Any]:
         """MoietyConfig.tasks."""
-        return {name: head for task in self.tasks for name, head in task.head().items()}
+        fresh = {name: head for task in self.tasks for name, head in task.head().items()}
+        return fresh | {name: start.head for name, start in self.starts.items()}
+
+    def started_from(self, config: FinetuneConfig) -> LabelledData:
+        """With heads that start as the base's own where those say enough; from scratch none does."""
+        if config.method == "scratch":
+            return self
+        require_export(config.model)
+        return replace(self, starts=find_starts(config.model, self.tasks, self.train))
 
     def mixture(self, config: LabelledDataConfig, replay: ReplayConfig | None = None) -> Mixture:
         """Labelled structures, and those that are replayed."""
@@ -225,16 +234,16 @@ def _labelled(corpus: Corpus, tasks: Sequence[TaskConfig]) -> Array:
     return np.flatnonzero(there)
 
 
-def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
+def build_model(config: FinetuneConfig, data: LabelledData) -> nn.Module:
     """The network to train: what is trainable is what the method trains."""
+    heads = data.heads
     torch.manual_seed(config.training.seed)
     if config.method == "scratch":
         require_export(config.model)
         model = MoietyForPrediction(MoietyConfig.from_pretrained(config.model, tasks=heads))
     else:
         model = load_base(config.model, heads)
-        if model.hides_residues:
-            start_residue_heads(model, config.model)
+        start_heads(model, config.model, data.starts)
     model.derives &= any(task.kind in DERIVED for task in config.tasks)
     if config.method in ADAPTERS:
         return add_adapter(model, config.adapter, config.method)
@@ -243,29 +252,21 @@ def build_model(config: FinetuneConfig, heads: dict[str, Any]) -> nn.Module:
     return model
 
 
-def heads_from(config: FinetuneConfig, data: LabelledData) -> str:
-    """Where the weights of the heads come from, for people."""
-    known = [name for name, head in data.heads.items() if config.method != "scratch" and head["kind"] == "residues"]
-    fresh = [name for name in data.heads if name not in known]
-    return "; ".join(
-        f"{origin}: {', '.join(names)}"
-        for origin, names in (("random weights", fresh), ("the base's own for hidden types", known))
-        if names
-    )
-
-
 def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None) -> list[dict[str, Any]] | None:
     """Trains, tests, and writes metrics.json, predictions.json and the model or adapter; rank 0 returns the metrics."""
     data = data or LabelledData.open(config.data, config.tasks)
     probed = Label(config.off_task).column
     if config.off_task and not all(part.corpus.known(probed).any() for part in (data.train, data.test)):
         raise InputError(f"off_task: {config.off_task!r} is no number that {data.train.corpus.path} has of structures")
+    data = data.started_from(config)
     for line in told(data):
         run.progress.note(line)
-    model = build_model(config, data.heads)
+    model = build_model(config, data)
     trainable, total = trainable_share(model)
     source = "random weights" if config.method == "scratch" else config.model
-    run.progress.note(f"trunk from {source}; new heads, from {heads_from(config, data)}")
+    run.progress.note(f"trunk from {source}")
+    for name in data.heads:
+        run.progress.note(f"head of {name}: starts as {data.starts.get(name, 'random weights')}")
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objectives: list[Any] = [task.objective() for task in data.tasks]
     if config.replay:
@@ -281,7 +282,7 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     weights = run.weights()
     if weights is None:
         return None
-    trained = load_trained(config, data.heads, validation.best_weights() if validation else weights)
+    trained = load_trained(config, data, validation.best_weights() if validation else weights)
     if config.method in ADAPTERS:
         save_adapter(trained, run.path / "adapter", config.model, data.heads)  # type: ignore[arg-type]
     else:
@@ -294,9 +295,9 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     return write_results(run.path, config, data, output, facts)
 
 
-def load_trained(config: FinetuneConfig, heads: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+def load_trained(config: FinetuneConfig, data: LabelledData, weights: dict[str, Tensor]) -> nn.Module:
     """The network with what a checkpoint holds."""
-    model = build_model(config, heads)
+    model = build_model(config, data)
     found = model.load_state_dict(own_weights(weights) if config.replay else weights, strict=False)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not found.unexpected_keys and not trained & set(found.missing_keys), "frozen ones alone are not kept"
@@ -326,7 +327,7 @@ def measure_forgetting(run: Run, config: FinetuneConfig, data: LabelledData, tra
 def validation_score(config: FinetuneConfig, data: LabelledData, weights: dict[str, Tensor]) -> float:
     """Mean over the tasks, by weight, of MAE over spread; of classes, of the share that is wrong."""
     assert data.val is not None
-    model = load_trained(config, data.heads, weights)
+    model = load_trained(config, data, weights)
     output = predict(model, model.config.cutoff, data.val, data.tasks)  # type: ignore[arg-type]
     structures = data.val.read(range(len(data.val)), whole=True)
     total = 0.0
@@ -343,26 +344,6 @@ def told(data: LabelledData) -> Iterator[str]:
         yield f"{len(data.test):,} test structures: those with {elements}, which no training label has, are left out"
     yield f"tested on {len(data.test):,} of {data.test.corpus.path}"
     yield from lines_of(data.tasks)
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module, cutoff: float, subset: Subset, tasks: Sequence[Task], batch_nodes: int = 4096
-) -> dict[str, Array]:
-    """Outputs of each task [items, ...], for the structures of a subset or for all their nodes, in its order."""
-    model.eval()
-    order = np.argsort(subset.num_nodes, kind="stable")  # like sizes together: less padding
-    cuts = np.flatnonzero(np.diff(np.cumsum(subset.num_nodes[order]) // batch_nodes)) + 1
-    parts: dict[str, list[Array]] = {task.name: [np.empty(0)] * len(subset) for task in tasks}
-    for indices in np.split(order, cuts):
-        batch = with_neighbors(collate(subset.read(indices)), cutoff)
-        predictions = model(**batch.inputs()).predictions
-        for task in tasks:
-            sizes = subset.num_nodes[indices] if task.label.per_node else np.ones(len(indices), dtype=np.int64)
-            values = np.split(predictions[task.name].double().numpy(), np.cumsum(sizes)[:-1])
-            for index, part in zip(indices, values, strict=True):
-                parts[task.name][index] = part
-    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def interval(task: Task, answered: Array, true: Array, sizes: Sequence[int] | Array) -> tuple[float, float]:

@@ -234,7 +234,7 @@ def told_plan(config: FinetuneConfig, data: LabelledData) -> Iterator[str]:
 
 def step_seconds(config: FinetuneConfig, data: LabelledData) -> float:
     """Wall time of an optimizer step: its micro-batches forward and backward, the second time they run."""
-    model = build_model(config, data.heads).train()
+    model = build_model(config, data).train()
     objectives = [task.objective() for task in data.tasks]
     cutoff = model.config.cutoff  # type: ignore[union-attr]
     prepared = Prepared(data.mixture(config.data), objectives, cutoff, config.training.seed)  # type: ignore[arg-type]

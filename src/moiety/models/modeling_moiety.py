@@ -42,12 +42,16 @@ class MoietyOutput(ModelOutput):
 
 @dataclass
 class MoietyPreTrainingOutput(ModelOutput):
-    """noise [N,3] Å/sigma, type_logits [N,V], strain [B,3,3] in units of its sigma; loss only if targets were given."""
+    """noise [N,3] Å/sigma, type_logits [N,V], strain [B,3,3] in units of its sigma; loss only if targets were given.
+
+    predictions: as in `MoietyPredictionOutput`, of the labels that pretraining learned beside.
+    """
 
     loss: Tensor | None = None
     noise: Tensor | None = None
     type_logits: Tensor | None = None
     strain: Tensor | None = None
+    predictions: dict[str, Tensor] | None = None
     graph_features: Tensor | None = None
 
 
@@ -209,8 +213,16 @@ class MoietyModel(MoietyPreTrainedModel):
         return MoietyOutput(node_features=x.transpose(0, 1), graph_features=pooled, graph_index=graph_index)
 
 
+def task_heads(config: MoietyConfig) -> nn.ModuleDict:
+    """Those named in `config.tasks`, in its order."""
+    return nn.ModuleDict({name: TaskHead(config, **spec) for name, spec in (config.tasks or {}).items()})
+
+
 class MoietyForPreTraining(MoietyPreTrainedModel):
-    """Trunk with the denoising heads. Every head runs for every structure: all ranks build the same graph."""
+    """Trunk with the denoising heads, and those of the labels in `config.tasks` that were learned beside.
+
+    Every head runs for every structure: all ranks build the same graph.
+    """
 
     def __init__(self, config: MoietyConfig):
         super().__init__(config)
@@ -219,6 +231,7 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
         self.noise_head = VectorHead(config)
         self.type_head = nn.Sequential(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, config.vocab_size))
         self.strain_head = StrainHead(config)
+        self.heads = task_heads(config)
         self.post_init()
 
     def forward(
@@ -236,11 +249,14 @@ class MoietyForPreTraining(MoietyPreTrainedModel):
             noise = self.noise_head(features)
             type_logits = self.type_head(features[:, 0])
             strain = self.strain_head(features, graph_index, trunk.graph_features.shape[0])
+            read = (inputs["positions"], inputs["node_type"], graph_index, trunk.graph_features.shape[0])
+            predictions = {name: head(features, *read) for name, head in self.heads.items()}
         return MoietyPreTrainingOutput(
             loss=F.mse_loss(noise, noise_target) if noise_target is not None else None,
             noise=noise,
             type_logits=type_logits,
             strain=strain,
+            predictions=predictions or None,
             graph_features=trunk.graph_features,
         )
 
@@ -276,7 +292,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
         self.derives = self.energy is not None  # to be set False by who needs no derivatives: a third of the work
         self.hides_residues = any(spec.get("kind") == "residues" for spec in tasks.values())
         self.moiety = MoietyModel(config)
-        self.heads = nn.ModuleDict({name: TaskHead(config, **spec) for name, spec in tasks.items()})
+        self.heads = task_heads(config)
         self.post_init()
 
     def forward(self, positions: Tensor, **inputs: Any) -> MoietyPredictionOutput:

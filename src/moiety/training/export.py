@@ -50,7 +50,6 @@ def export(run: Run, mixture: Mixture) -> Path:
         aside = run.path / "export.partial"
         shutil.rmtree(aside, ignore_errors=True)
         weights, config = base_weights(weights), copy.deepcopy(run.engine.module.config)
-        config.tasks = None
         write_export(weights, config, aside)
         write_text(aside / "README.md", model_card(run, mixture, sum(w.numel() for w in weights.values())))
         shutil.rmtree(folder, ignore_errors=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from moiety.adapters.adapter import load_base, quietly
+from moiety.adapters.starts import copy_head
 from moiety.adapters.tasks import Task, TaskConfig
 from moiety.models.blocks_moiety import full_precision
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
@@ -71,9 +72,8 @@ def own_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def base_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a MoietyForPreTraining, from those of one or of WithPretrainingHeads, whose task heads are left out."""
-    plain = {name.removeprefix(MODEL): value for name, value in weights.items()}
-    return {name: value for name, value in plain.items() if not name.startswith("heads.")}
+    """Of a MoietyForPreTraining, from those of one or of WithPretrainingHeads."""
+    return {name.removeprefix(MODEL): value for name, value in weights.items()}
 
 
 def build(config: PretrainConfig, mixture: Mixture) -> tuple[nn.Module, list[Objective], list[Task]]:
@@ -87,10 +87,14 @@ def build(config: PretrainConfig, mixture: Mixture) -> tuple[nn.Module, list[Obj
         base = MoietyForPreTraining.from_pretrained(config.start) if config.start else MoietyForPreTraining(shape)
     tasks = fit_tasks(config.tasks, mixture)
     if not tasks:
+        base.heads, base.config.tasks = nn.ModuleDict(), None  # labels that are not learned here
         return base, objectives, []
     heads = {name: head for task in tasks for name, head in task.head().items()}
     if config.start:
         model = load_base(config.start, heads)
+        for name, head in (base.config.tasks or {}).items():
+            if name in heads and heads[name]["kind"] == head["kind"]:
+                copy_head(base, name, model, name)
     else:
         model = MoietyForPrediction(type(shape)(**{**shape.to_dict(), "tasks": heads}))
     learned = [task.objective() for task in tasks]
