@@ -9,8 +9,9 @@
 Every run is one `finetune/lora.py` on one core, as many at a time as there are cores. What is finished, or stands in
 benchmarks/results/transfer.json, is not run again.
 A seed fixes the training labels, their order and fresh weights, for all arms alike; arms have the same steps, the same
-test set, and the weights of their best validation score. Each arm's learning rate is the best of three on validation,
-at 1,000 labels (seed 0) of the task. Writes that file, and the tables of docs/transfer.md.
+test set, and the weights of their best validation score. Each arm's learning rate is the best on validation at 1,000
+labels (seed 0) of the task: of three, and of more beyond the edge for as long as the best is there. Writes that file,
+and the tables of docs/transfer.md.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"{args.model}: no model here; pretrain one, or give --model")
         out = args.out / base_fingerprint(args.model)  # runs of one base
         ledger = Ledger.open(RESULTS, out.name)
-        if not args.show:
-            pilots = pilots_of(args.tasks, args.arms)
-            runs.run([job for job in pilots if not ledger.has(job)], args.model, out / "pilot")
-        collect(ledger, pilots_of(list(TASKS), list(ARMS)), out / "pilot")
+        while pilots := [job for job in pilots_of(ledger, args.tasks, args.arms) if not ledger.has(job)]:
+            if not args.show:
+                runs.run(pilots, args.model, out / "pilot")
+            if not collect(ledger, pilots, out / "pilot"):
+                break
         jobs = [] if args.show or args.pilot else jobs_of(ledger, args.tasks, args.counts, args.arms, args.seeds)
         runs.run([job for job in jobs if not ledger.has(job)], args.model, out)
         others([job for job in jobs if not knows_others(ledger, job)], args.model, out)
@@ -129,18 +131,31 @@ def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
         (out / name).write_text(json.dumps(errors) + "\n")
 
 
-def pilots_of(tasks: Sequence[str], arms: Sequence[str]) -> list[Job]:
-    return [Job(task, arm, PILOT, 0, rate, pilot=True) for task in tasks for arm in arms for rate in ARMS[arm]]
+def pilots_of(ledger: Ledger, tasks: Sequence[str], arms: Sequence[str]) -> list[Job]:
+    return [
+        Job(task, arm, PILOT, 0, rate, pilot=True)
+        for task in tasks for arm in arms for rate in rates(ledger.scores(task, arm), ARMS[arm])
+    ]  # fmt: skip
 
 
-def collect(ledger: Ledger, jobs: Sequence[Job], out: Path) -> None:
-    """What is finished, into the ledger."""
-    for job in jobs:
-        if runs.finished(job, out):
-            entry = runs.read(out / job.name, job.task)
-            if (out / job.draw).exists():
-                entry["results"] |= json.loads((out / job.draw).read_text())
-            ledger.add(job, entry)
+def rates(scores: dict[float, float], first: Sequence[float]) -> list[float]:
+    """Those that are tried: the first ones, and where the best is the last on its side, one of half or twice that."""
+    tried = sorted({*scores, *first})
+    if set(first) <= set(scores):
+        best = min(scores, key=lambda rate: scores[rate])
+        tried += [best / 2] if best == tried[0] else [best * 2] if best == tried[-1] else []
+    return sorted(tried)
+
+
+def collect(ledger: Ledger, jobs: Sequence[Job], out: Path) -> int:
+    """What is finished, into the ledger; how many."""
+    finished = [job for job in jobs if runs.finished(job, out)]
+    for job in finished:
+        entry = runs.read(out / job.name, job.task)
+        if (out / job.draw).exists():
+            entry["results"] |= json.loads((out / job.draw).read_text())
+        ledger.add(job, entry)
+    return len(finished)
 
 
 def sheet(found: Errors, task: str) -> Sheet:

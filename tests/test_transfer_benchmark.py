@@ -70,18 +70,33 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     words = ["--quick", "--out", str(tmp_path / "runs")]
     assert transfer.main(words) == 0
     pilots = json.loads(transfer.RESULTS.read_text())["pilots"]["dipole"]
-    assert pilots.keys() == {"scratch", "lora"} and len(pilots["lora"]) == 3
+    assert pilots.keys() == {"scratch", "lora"}
+    assert len(pilots["scratch"]) == 3 and pilots["lora"].keys() == {"0.001", "0.002", "0.005", "0.01"}
     page = transfer.PAGE.read_text()
     assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in page and "| mean predictor | 9 (+329%) |" in page
     assert "Not measured yet" not in page
     done = len(calls)
-    assert done == 2 * 3 + 2 * 3, "pilots and seeds"
+    assert done == 3 + 4 + 2 * 3, "pilots and seeds"
     assert transfer.main(words) == 0 and len(calls) == done, "what is finished is not run again"
     shutil.rmtree(tmp_path / "runs")
     assert transfer.main(words) == 0 and len(calls) == done, "nor what the repository has"
     assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in transfer.PAGE.read_text()
     assert transfer.main([*words, "--show"]) == 0
     assert "fingerprint" in page and transfer.RESULTS.with_suffix(".svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("scores", "tried"),
+    [
+        ({}, [1, 2, 4]),
+        ({1: 0.3, 2: 0.2}, [1, 2, 4]),
+        ({1: 0.3, 2: 0.2, 4: 0.4}, [1, 2, 4]),
+        ({1: 0.1, 2: 0.2, 4: 0.4}, [0.5, 1, 2, 4]),
+        ({1: 0.3, 2: 0.2, 4: 0.1, 8: 0.05}, [1, 2, 4, 8, 16]),
+    ],
+)
+def test_rates_go_on_beyond_the_edge_where_the_best_is(transfer: Any, scores: dict[float, float], tried: list[float]):
+    assert transfer.rates(scores, (1, 2, 4)) == tried
 
 
 def test_a_missing_base_is_an_error(transfer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

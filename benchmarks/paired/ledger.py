@@ -66,7 +66,11 @@ class Ledger:
             by_name.setdefault(name, {})[f"{job.seed}"] = error
         self.errors[job.task] = dict(sorted(by_count.items(), key=lambda item: int(item[0])))
 
+    def scores(self, task: str, arm: str) -> dict[float, float]:
+        """Learning rate -> validation score."""
+        return {float(rate): score for rate, score in self.pilots.get(task, {}).get(arm, {}).items()}
+
     def rate(self, task: str, arm: str) -> float | None:
         """The learning rate of the lowest validation score."""
-        scores = self.pilots.get(task, {}).get(arm, {})
-        return float(min(scores, key=lambda rate: scores[rate])) if scores else None
+        scores = self.scores(task, arm)
+        return min(scores, key=lambda rate: scores[rate]) if scores else None
