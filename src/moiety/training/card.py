@@ -50,7 +50,7 @@ displacement and no strain, types are cross-entropy in nats, labels of structure
 ## Limits
 
 Learned from near-equilibrium structures made of the elements and residues of the corpora above; elsewhere its features
-are extrapolation. It predicts no property by itself: that takes an adapter.
+are extrapolation. It predicts no property by itself: that takes an adapter{heads}.
 
 `probe.json` and `probe.safetensors` hold two small structures and this model's features for them, to verify a copy
 (one CPU thread, float32).
@@ -67,6 +67,7 @@ def model_card(run: Run, mixture: Mixture, parameters: int) -> str:
     citations = dict.fromkeys(s.corpus.manifest.get("citation", "") for s in mixture.sources)
     return TEMPLATE.format(
         parameters=parameters,
+        heads=", which can start from the heads of the labels above" if learned else "",
         labels=f"Beside that it learned labels of {learned}.\n" if learned else "",
         components=(lmax + 1) ** 2,
         channels=run.engine.module.config.hidden_size,
