@@ -10,8 +10,8 @@ Every run is one `finetune/lora.py` on one core, as many at a time as there are 
 benchmarks/results/transfer.json, is not run again.
 A seed fixes the training labels, their order and fresh weights, for all arms alike; arms have the same steps, the same
 test set, and the weights of their best validation score. Each arm's learning rate is the best on validation at 1,000
-labels (seed 0) of the task: of three, and of more beyond the edge for as long as the best is there. Writes that file,
-and the tables of docs/transfer.md.
+labels (seed 0) of the task: of three, and where the best of these is at the edge, of one beyond. Writes that file, and
+the tables of docs/transfer.md.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ def pilots_of(ledger: Ledger, tasks: Sequence[str], arms: Sequence[str]) -> list
 
 
 def rates(scores: dict[float, float], first: Sequence[float]) -> list[float]:
-    """Those that are tried: the first ones, and where the best is the last on its side, one of half or twice that."""
-    tried = sorted({*scores, *first})
-    if set(first) <= set(scores):
-        best = min(scores, key=lambda rate: scores[rate])
-        tried += [best / 2] if best == tried[0] else [best * 2] if best == tried[-1] else []
-    return sorted(tried)
+    """Those that are tried: the first ones, and where the best of them is at an edge, one of half or twice that."""
+    if not set(first) <= set(scores):
+        return list(first)
+    best = min(first, key=lambda rate: scores[rate])
+    beyond = {min(first): best / 2, max(first): best * 2}
+    return sorted([*first, *([beyond[best]] if best in beyond else [])])
 
 
 def collect(ledger: Ledger, jobs: Sequence[Job], out: Path) -> int:
