@@ -53,22 +53,19 @@ def find_starts(model_dir: str | Path, tasks: Sequence[Task], train: Subset) -> 
         train: training structures with labels; the first thousand are asked.
     """
     starts = {task.name: Start(TYPES, task.head()[task.name]) for task in tasks if task.kind == "residues"}
-    pairs = [(task, origin) for task in tasks for origin in _alike(task, _heads(model_dir))]
+    heads = MoietyConfig.from_pretrained(str(model_dir)).tasks or {}
+    pairs = [(task, origin) for task in tasks for origin in _alike(task, heads)]
     if not pairs:
         return starts
     asked = Subset(train.corpus, train.indices[:ASKED])
     structures = asked.read(range(len(asked)), whole=True)
     said = _ask(model_dir, pairs, asked)
+    most = {task.name: ENOUGH for task in tasks}
     for (task, origin), outputs in zip(pairs, said, strict=True):
         head, explained = fit(task, structures, outputs)
-        best = starts[task.name].explained if task.name in starts else ENOUGH
-        if best is not None and explained > best:
-            starts[task.name] = Start(origin, head, explained)
+        if explained > most[task.name]:
+            most[task.name], starts[task.name] = explained, Start(origin, head, explained)
     return starts
-
-
-def _heads(model_dir: str | Path) -> dict[str, Any]:
-    return MoietyConfig.from_pretrained(str(model_dir)).tasks or {}
 
 
 def _alike(task: Task, heads: dict[str, Any]) -> Iterator[str]:

@@ -24,7 +24,7 @@ class MoietyConfig(PreTrainedConfig):
         cutoff: Å between two atoms; twice that between residues.
         global_every: every how many blocks attention over the whole structure stands; 0 = never.
         vocab_size: node types (see vocabulary_moiety).
-        tasks: heads of MoietyForPrediction, name -> {"kind", "mean", "std", "unit"}; see `TaskHead`.
+        tasks: heads of labels, name -> {"kind", "mean", "std", "unit"}; see `TaskHead`.
     """
 
     model_type = "moiety"
