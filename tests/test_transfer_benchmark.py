@@ -67,7 +67,7 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     calls: list[list[str]] = []
     monkeypatch.setattr(transfer.runs, "finetune", canned(transfer, calls))
     monkeypatch.setattr(transfer, "others", others)
-    words = ["--quick", "--out", str(tmp_path / "runs")]
+    words = ["--tasks", "dipole", "--arms", "scratch,lora", "--counts", "1000", "--out", str(tmp_path / "runs")]
     assert transfer.main(words) == 0
     pilots = json.loads(transfer.RESULTS.read_text())["pilots"]["dipole"]
     assert pilots.keys() == {"scratch", "lora"}
@@ -82,6 +82,9 @@ def test_rates_come_from_validation_and_the_table_says_what_it_is_worth(
     assert transfer.main(words) == 0 and len(calls) == done, "nor what the repository has"
     assert "| pretrained + LoRA | 1.2 ± 0.1 (-43%) |" in transfer.PAGE.read_text()
     assert transfer.main([*words, "--show"]) == 0
+    written = transfer.RESULTS.read_text()
+    assert transfer.main(["--quick", *words[-2:]]) == 0 and len(calls) == done + 2 * 3, "its runs anew, no pilots"
+    assert transfer.RESULTS.read_text() == written
     assert "fingerprint" in page and transfer.RESULTS.with_suffix(".svg").stat().st_size > 1000
 
 
