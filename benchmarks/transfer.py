@@ -7,11 +7,11 @@
     python benchmarks/transfer.py --show                      what is there by now; runs nothing
 
 Every run is one `finetune/lora.py` on one core, as many at a time as there are cores. What is finished, or stands in
-benchmarks/results/transfer.json, is not run again.
-A seed fixes the training labels, their order and fresh weights, for all arms alike; arms have the same steps, the same
-test set, and the weights of their best validation score. Each arm's learning rate is the best on validation at 1,000
-labels (seed 0) of the task: of three, and where the best of these is at the edge, of one beyond. Writes that file, and
-the tables of docs/transfer.md. The quick part takes its learning rates there, repeats the runs, writes neither.
+benchmarks/results/transfer.json, is not run again. A seed fixes the training labels, their order and fresh weights,
+for all arms alike; arms have the same test set, the weights of their best validation score, and as many steps as
+`moiety finetune` takes for as many labels. Each arm's learning rate is the best on validation at 1,000 labels (seed
+0) of the task: of three, and where the best of these is at the edge, of one beyond. Writes that file, and the tables
+of docs/transfer.md. The quick part takes its learning rates there, repeats the runs, and writes neither.
 """
 
 from __future__ import annotations

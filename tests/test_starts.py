@@ -136,13 +136,27 @@ def test_what_is_explained_is_what_is_left_above_the_mean() -> None:
     assert explained == pytest.approx(4 / 5, abs=0.03) and explained > ENOUGH
 
 
+def one_step(base: Path, labelled: Path, out: Path, *words: str) -> launched.Forked:
+    given = [f"model={base}", f"corpus={labelled}", "tasks=[{label: u, kind: sum}]", "train_split=train", "off_task=''"]
+    given += ["num_train=32", "num_test=8", "steps=1", "lr=1e-9", "checkpoint_every=1", "log_every=1", *words]
+    return launched.Forked(ROOT / "finetune/lora.py", ["--config", ROOT / "finetune/configs/qm9_gap.yaml", *given], out)
+
+
 def test_a_run_says_where_its_head_is_from_and_the_adapter_brings_it(base: Path, labelled: Path, tmp_path: Path):
-    words = [f"model={base}", f"corpus={labelled}", "tasks=[{label: u, kind: sum}]", "train_split=train", "off_task=''"]
-    words += ["num_train=32", "num_test=8", "steps=1", "lr=1e-9", "checkpoint_every=1", "log_every=1"]
-    arguments = ["--config", ROOT / "finetune/configs/qm9_gap.yaml", *words]
-    run = launched.Forked(ROOT / "finetune/lora.py", arguments, tmp_path / "run")
+    run = one_step(base, labelled, tmp_path / "run")
     assert run.wait() == 0, run.output
     assert "head of u: starts as the base's own for energy, which says 100% of the variance" in run.output
     molecule = Corpus.open(labelled, split="test").read([0], whole=True)[0]
     (line,) = load_predictor(base, tmp_path / "run/adapter")([molecule])
     assert line["u"]["value"] == pytest.approx(molecule.scalars["u"], abs=0.01)
+
+
+def test_a_run_under_way_does_not_go_on_with_a_head_of_another_scale(base: Path, labelled: Path, tmp_path: Path):
+    own = tmp_path / "base"
+    save_model(MoietyForPreTraining.from_pretrained(base), own)
+    assert one_step(own, labelled, tmp_path / "run").wait() == 0
+    without = MoietyForPreTraining.from_pretrained(base)
+    without.heads, without.config.tasks = torch.nn.ModuleDict(), None
+    save_model(without, own)
+    run = one_step(own, labelled, tmp_path / "run", "steps=2")
+    assert run.wait() == 2 and "weights that are not trained, have changed" in run.output, run.output

@@ -18,6 +18,7 @@ from paired.teacher_baseline import CRYSTAL_ENERGY, DIPOLE, ENERGY, FORCES, GAP,
 from peers.crew import ROOT
 from peers.progress import tracked
 
+from moiety.adapters.own import steps_for
 from moiety.errors import InputError
 
 PILOT = 1000  # labels
@@ -71,7 +72,7 @@ class Job:
     def words(self, model: str) -> list[str]:
         """Arguments of finetune/lora.py."""
         task = TASKS[self.task]
-        steps = 300 if self.count <= 100 else 600 if self.count < 3000 else 3000
+        steps = steps_for(self.count)
         words = [f"num_val={NUM_VAL}", *task.changes, f"model={model}", f"method={self.arm}", f"num_train={self.count}"]
         words += [f"steps={steps}", f"checkpoint_every={steps // 6}", "patience=6", f"lr={self.rate:g}"]
         words += [f"training.seed={self.seed}", f"data.seed={self.seed}", *(["num_test=8"] if self.pilot else [])]

@@ -29,7 +29,7 @@ from moiety.training.stream import Prepared
 RATES = {  # learning rates; of lora, full, head and scratch chosen on the dipole's validation labels, others guessed
     "lora": 5e-3, "rslora": 2e-3, "dora": 5e-3, "ia3": 1e-2, "full": 1e-3, "head": 5e-3, "scratch": 2e-3,
 }  # fmt: skip
-STEPS_AT_1000, FEWEST, MOST = 600, 200, 4000  # steps grow with the square root of the number of labels
+STEPS_AT_1000, FEWEST, MOST = 600, 200, 4000
 SCORES = 12  # validation scores in a run that goes to its end
 MIN_STRUCTURES = 20
 EXTENSIVE = 0.5  # error of a sum over elements, of that of a constant: below, a label grows with the structure
@@ -169,6 +169,11 @@ def _unit(own: OwnData, structures: Sequence[Structure], target: str, kind: str)
     return {"forces": "eV/Å", "stress": "eV/Å^3"}.get(target, own.units.get(target, ""))
 
 
+def steps_for(labels: int) -> int:
+    """Steps that grow with the square root of the number of labels."""
+    return int(np.clip(STEPS_AT_1000 * math.sqrt(labels / 1000), FEWEST, MOST))
+
+
 def choose_config(corpus: Path, tasks: tuple[TaskConfig, ...], model: str, method: str) -> FinetuneConfig:
     """Sizes from the structures, steps from their number, rates that have worked on the recipes."""
     if method not in RATES:
@@ -185,7 +190,7 @@ def choose_config(corpus: Path, tasks: tuple[TaskConfig, ...], model: str, metho
     all_nodes, all_edges = np.concatenate(nodes), np.concatenate(edges)
     node_budget = int(max(np.clip(16 * np.median(all_nodes), 120, 600), all_nodes.max()))
     edge_budget = int(max(1.5 * node_budget * all_edges.sum() / all_nodes.sum(), all_edges.max(), 1))
-    steps = int(np.clip(STEPS_AT_1000 * math.sqrt(counts["train"] / 1000), FEWEST, MOST))
+    steps = steps_for(counts["train"])
     return FinetuneConfig(
         model=model,
         tasks=tasks,
