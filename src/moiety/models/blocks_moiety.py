@@ -81,6 +81,10 @@ def rms_normalize(x: Tensor, scale: float) -> Tensor:
     return x * (scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
+import os
+FR = int(os.environ.get("FR", "8"))
+
+
 class LocalAttention(nn.Module):
     """Attention over neighbours whose queries are the centre's steerable features and whose keys are the edge alone.
 
@@ -100,6 +104,7 @@ class LocalAttention(nn.Module):
         self.content = nn.Linear(channels, width)  # g
         self.steerable = DegreeLinear(channels, [width, on_edges], config.lmax, gain=0.5)  # V, P
         self.filter = ScaledLinear(config.num_radial, on_edges, bias=False, gain=0.5)
+        self.frames = nn.Parameter(torch.zeros(16 * FR, on_edges))
         self.out = DegreeLinear(2 * width, [channels], config.lmax, gain=0.25)
 
     def forward(self, x_MNC: Tensor, neighbors: Neighbors) -> Tensor:
@@ -115,7 +120,9 @@ class LocalAttention(nn.Module):
         layout, radial = neighbors.layout, neighbors.radial
         # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ.
         # Dropout of an adapter on it so drops radial functions of all edges at once.
-        filter_RF = self.filter(torch.eye(radial.shape[-1], dtype=radial.dtype, device=radial.device))
+        num = self.filter.in_features
+        filter_RF = self.filter(torch.eye(num, dtype=radial.dtype, device=radial.device))
+        filter_RF = torch.cat([filter_RF, self.frames])[: radial.shape[-1]]
         on_edges = partial(self._on_edges, content_ND, filter_RF)
         tables = (radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
         if layout.pattern is None:  # a compiler wants one graph for all batches, whatever their number of parts

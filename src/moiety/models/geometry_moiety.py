@@ -34,6 +34,21 @@ def radial_basis(x_E: Tensor, num_radial: int) -> Tensor:
     return math.sqrt(2) * torch.sin(math.pi * n * x_E[:, None]) / x_E[:, None]
 
 
+def frame_basis(
+    vector_E3: Tensor, node_vectors: Tensor, source: Tensor, destination: Tensor, cutoff: float, num: int
+) -> Tensor:
+    """Radial functions of the 16 distances between the atoms N, C, O, CB of two residues: [E, 16 R], or [E, 0]."""
+    framed_N = node_vectors.flatten(1).any(1)
+    if not framed_N.any():
+        return vector_E3.new_zeros(len(source), 0)
+    index = (framed_N[source] & framed_N[destination]).nonzero().squeeze(1)
+    there_E43, here_E43 = node_vectors[source[index]], node_vectors[destination[index]]
+    apart = vector_E3[index][:, None, None] + there_E43[:, None] - here_E43[:, :, None]
+    x = (apart.norm(dim=-1).flatten() / cutoff).clamp(min=0.05)
+    basis = radial_basis(x, num).view(len(index), -1)
+    return basis.new_zeros(len(source), basis.shape[-1]).index_copy(0, index, basis)
+
+
 def envelope(x_E: Tensor, p: int = 5) -> Tensor:
     """Polynomial that falls from 1 at x = 0 to 0 at x = 1 with two vanishing derivatives (DimeNet, eq. 8)."""
     u = 1 - (p + 1) * (p + 2) / 2 * x_E**p + p * (p + 2) * x_E ** (p + 1) - p * (p + 1) / 2 * x_E ** (p + 2)
@@ -160,7 +175,9 @@ class Neighbors:
     directions: Tensor  # [N, M, K] harmonics alone
 
     @classmethod
-    def build(cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int) -> Neighbors:
+    def build(
+        cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int, frames_EF: Tensor
+    ) -> Neighbors:
         """Tables of edges.
 
         Args:
@@ -169,10 +186,11 @@ class Neighbors:
         """
         harmonics_EM = spherical_harmonics(vector_E3 / vector_E3.norm(dim=-1, keepdim=True), lmax)
         fade_E1 = envelope(x_E)[:, None] / math.sqrt(TYPICAL_DEGREE)
-        features_E = torch.cat([radial_basis(x_E, num_radial) * fade_E1, harmonics_EM * fade_E1, harmonics_EM], dim=-1)
+        radial_E = torch.cat([radial_basis(x_E, num_radial), frames_EF], dim=-1)
+        features_E = torch.cat([radial_E * fade_E1, harmonics_EM * fade_E1, harmonics_EM], dim=-1)
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
-        radial, harmonics, directions = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
+        radial, harmonics, directions = table.split([radial_E.shape[-1], *[(lmax + 1) ** 2] * 2], dim=-1)
         return cls(layout, radial.contiguous(), harmonics.contiguous(), directions.transpose(1, 2).contiguous())
 
     def transport(self, weight_HNK: Tensor, value_HNF: Tensor) -> Tensor:

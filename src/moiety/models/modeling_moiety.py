@@ -18,13 +18,15 @@ from transformers.utils import ModelOutput
 from .blocks_moiety import (
     Block,
     GlobalAttention,
+    LocalAttention,
     ScaledLinear,
     StructurePlaces,
     full_precision,
     merged_norm,
 )
 from .configuration_moiety import MoietyConfig
-from .geometry_moiety import Layout, Neighbors, mean_per_graph
+from .blocks_moiety import FR
+from .geometry_moiety import Layout, Neighbors, frame_basis, mean_per_graph
 from .heads_moiety import StrainHead, TaskHead, VectorHead
 from .vocabulary_moiety import DOMAINS, FIRST_RESIDUE, RESIDUE_MASK, ROLES, node_scale
 
@@ -82,6 +84,8 @@ class MoietyPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
+        elif isinstance(module, LocalAttention):
+            init.zeros_(module.frames)
         elif isinstance(module, GlobalAttention):
             init.zeros_(module.reach)
 
@@ -200,7 +204,14 @@ class MoietyModel(MoietyPreTrainedModel):
         x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
         if layout is None:
             layout = Layout.build(edge_index, graph_index, num_graphs, config.num_weights, self.for_compiler)
-        neighbors = Neighbors.build(layout, vector_E3, x_E, config.num_radial, config.lmax)
+        neighbors = Neighbors.build(
+            layout,
+            vector_E3,
+            x_E,
+            config.num_radial,
+            config.lmax,
+            frame_basis(vector_E3, inputs["node_vectors"], source, destination, 2 * config.cutoff, FR),
+        )
         places = StructurePlaces(centred, is_open[graph_index], layout.groups)
         with full_precision(positions):
             x, condition = self.embedding(inputs, positions.dtype, hint)
