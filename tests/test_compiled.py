@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from ase.build import bulk, molecule
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from moiety.data.shards import Corpus
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
@@ -35,7 +38,10 @@ def inputs_of(structures: list[Atoms]) -> dict[str, Tensor]:
     rattled = [atoms.copy() for atoms in structures]
     for atoms in rattled:
         atoms.rattle(0.05, seed=0)
-    inputs = MoietyProcessor(MoietyFeatureExtractor())(rattled)
+    return doubled(MoietyProcessor(MoietyFeatureExtractor())(rattled))
+
+
+def doubled(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
 
 
@@ -73,6 +79,22 @@ def test_forces_written_out_are_those_of_the_model(lmax: int) -> None:
             learned(written, inputs), learned(model, inputs), rtol=1e-9, atol=1e-11, equal_nan=True
         )
     assert len(stand_in.graphs) == 1
+
+
+def test_chains_are_another_graph() -> None:
+    model = predictor(1)
+    with torch.no_grad():
+        model.moiety.blocks[0].local_attention.frames.normal_()
+    written = copy.deepcopy(model)
+    stand_in = WrittenOut(written, compiler=as_it_is)
+    written.forward = stand_in
+    chains = Corpus.open(Path(__file__).parent / "data/corpora/proteins", split="train").read([0, 1])
+    for batch in ([*chains, molecule("H2O")], chains[:1], [molecule("CH4")]):
+        inputs = doubled(MoietyProcessor(MoietyFeatureExtractor())(batch))
+        torch.testing.assert_close(
+            learned(written, inputs), learned(model, inputs), rtol=1e-9, atol=1e-11, equal_nan=True
+        )
+    assert len(stand_in.graphs) == 2, "with residues, and without"
 
 
 def test_an_adapter_is_written_out_with_the_model() -> None:

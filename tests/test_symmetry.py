@@ -16,7 +16,7 @@ from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
-from moiety.models.geometry_moiety import softmax_per_graph, symmetric_basis
+from moiety.models.geometry_moiety import Layout, frame_basis, radial_basis, softmax_per_graph, symmetric_basis
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
 from moiety.models.vocabulary_moiety import ROLE_ID
 
@@ -257,3 +257,20 @@ def test_softmax_per_graph_is_the_softmax_of_each_structure():
     expected = torch.cat([part.softmax(0) for part in logits.split(sizes)])
     of_node = torch.arange(3).repeat_interleave(torch.tensor(sizes))
     torch.testing.assert_close(softmax_per_graph(logits, of_node, 3), expected)
+
+
+def test_frames_are_the_distances_between_backbones():
+    chain = structure("complex")  # the ligand has no backbone
+    assert chain.node_vectors is not None
+    positions, vectors = (torch.from_numpy(a) for a in (chain.positions, chain.node_vectors))
+    edge_index = torch.tensor([[5, 60, len(positions) - 1], [3, 4, 4]])
+    graph_index = torch.zeros(len(positions), dtype=torch.long)
+    framed = Layout.build(edge_index, graph_index, vectors, 1, num_weights=2).framed
+    assert framed is not None and framed.tolist() == [0, 1]
+    there, here = edge_index[:, framed]
+    found = frame_basis(positions[there] - positions[here], vectors, edge_index[:, framed], cutoff=10.0, num_radial=3)
+    for row, i, j in zip(found, there, here, strict=True):
+        apart = torch.cdist(positions[j] + vectors[j], positions[i] + vectors[i]).flatten()
+        torch.testing.assert_close(row, radial_basis(apart / 10.0, 3).flatten())
+    without = Layout.build(edge_index[:, 2:], graph_index, vectors, 1, num_weights=2)
+    assert without.framed is None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .configuration_moiety import MoietyConfig
-from .geometry_moiety import Group, Neighbors, symmetric_basis
+from .geometry_moiety import FRAME_DISTANCES, Group, Neighbors, symmetric_basis
 
 EDGES_AT_ONCE = 8192  # on a CPU: what is computed on so many stays in its caches
 LONGEST_REACH = 12.0  # Å: global attention between two atoms falls at least as exp(-r^2 / (2 * 12^2))
@@ -81,16 +81,13 @@ def rms_normalize(x: Tensor, scale: float) -> Tensor:
     return x * (scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
-import os
-FR = int(os.environ.get("FR", "8"))
-
-
 class LocalAttention(nn.Module):
     """Attention over neighbours whose queries are the centre's steerable features and whose keys are the edge alone.
 
     A_i = sum_j Y_ij (x) phi_ij g_j builds new directions from filters, T_i = sum_j a_ij V_j moves the steerable
     features of the neighbours. Filters phi and weights a are linear in the radial functions and in P_ij = Y_ij . X_i,
-    the angle between the edge and what the centre already knows, and fade with the envelope.
+    the angle between the edge and what the centre already knows, and fade with the envelope. Between two residues they
+    are linear in radial functions of the distances between their backbone atoms, too; that part starts at zero.
 
     The weights have a sign and no softmax: forces of molecules are learned to an error a tenth smaller so, with many
     weights of few channels, and a further inner product of centre and neighbour changes nothing (docs/accuracy.md).
@@ -104,7 +101,7 @@ class LocalAttention(nn.Module):
         self.content = nn.Linear(channels, width)  # g
         self.steerable = DegreeLinear(channels, [width, on_edges], config.lmax, gain=0.5)  # V, P
         self.filter = ScaledLinear(config.num_radial, on_edges, bias=False, gain=0.5)
-        self.frames = nn.Parameter(torch.zeros(16 * FR, on_edges))
+        self.frames = nn.Parameter(torch.zeros(FRAME_DISTANCES * config.num_radial, on_edges))
         self.out = DegreeLinear(2 * width, [channels], config.lmax, gain=0.25)
 
     def forward(self, x_MNC: Tensor, neighbors: Neighbors) -> Tensor:
@@ -120,9 +117,8 @@ class LocalAttention(nn.Module):
         layout, radial = neighbors.layout, neighbors.radial
         # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ.
         # Dropout of an adapter on it so drops radial functions of all edges at once.
-        num = self.filter.in_features
-        filter_RF = self.filter(torch.eye(num, dtype=radial.dtype, device=radial.device))
-        filter_RF = torch.cat([filter_RF, self.frames])[: radial.shape[-1]]
+        identity = torch.eye(self.filter.in_features, dtype=radial.dtype, device=radial.device)
+        filter_RF = torch.cat([self.filter(identity), self.frames])[: radial.shape[-1]]  # frames: where there are any
         on_edges = partial(self._on_edges, content_ND, filter_RF)
         tables = (radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
         if layout.pattern is None:  # a compiler wants one graph for all batches, whatever their number of parts

@@ -13,6 +13,7 @@ from torch import Tensor
 from .sparse_moiety import Pattern, available, sparse_product
 
 TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
+FRAME_DISTANCES = 16  # from N, C, O and CB of one residue to those of another
 
 
 def spherical_harmonics(unit_E3: Tensor, lmax: int) -> Tensor:
@@ -34,19 +35,19 @@ def radial_basis(x_E: Tensor, num_radial: int) -> Tensor:
     return math.sqrt(2) * torch.sin(math.pi * n * x_E[:, None]) / x_E[:, None]
 
 
-def frame_basis(
-    vector_E3: Tensor, node_vectors: Tensor, source: Tensor, destination: Tensor, cutoff: float, num: int
-) -> Tensor:
-    """Radial functions of the 16 distances between the atoms N, C, O, CB of two residues: [E, 16 R], or [E, 0]."""
-    framed_N = node_vectors.flatten(1).any(1)
-    if not framed_N.any():
-        return vector_E3.new_zeros(len(source), 0)
-    index = (framed_N[source] & framed_N[destination]).nonzero().squeeze(1)
-    there_E43, here_E43 = node_vectors[source[index]], node_vectors[destination[index]]
-    apart = vector_E3[index][:, None, None] + there_E43[:, None] - here_E43[:, :, None]
-    x = (apart.norm(dim=-1).flatten() / cutoff).clamp(min=0.05)
-    basis = radial_basis(x, num).view(len(index), -1)
-    return basis.new_zeros(len(source), basis.shape[-1]).index_copy(0, index, basis)
+def frame_basis(vector_E3: Tensor, node_vectors: Tensor, ends: Tensor, cutoff: float, num_radial: int) -> Tensor:
+    """Radial functions of the distances between N, C, O and CB of one residue and those of another: [E, 16 R].
+
+    Args:
+        vector_E3: from destination to source, Å.
+        node_vectors: [N,4,3] offsets of the four atoms, Å.
+        ends: [2,E] source and destination of each edge.
+        cutoff: of the distance between the two residues, Å; their atoms may be further apart, or closer.
+    """
+    there_E43, here_E43 = node_vectors[ends[0]], node_vectors[ends[1]]
+    apart_E443 = vector_E3[:, None, None] + there_E43[:, None] - here_E43[:, :, None]
+    x = (apart_E443.norm(dim=-1) / cutoff).clamp(min=0.05)  # a broken model may have two atoms in one place
+    return radial_basis(x.flatten(), num_radial).view(x.shape[0], -1)
 
 
 def envelope(x_E: Tensor, p: int = 5) -> Tensor:
@@ -110,22 +111,31 @@ class Layout:
     Attributes:
         source: [N,K] node at the other end of each edge; the node itself in empty places.
         place: [E] where each edge stands in a table [N*K].
+        framed: [E of them] the edges between two residues with backbones; None where there are none.
         pattern: of all attention weights of the edges; None where values are gathered.
         groups: all structures, those of like size together.
     """
 
     source: Tensor
     place: Tensor
+    framed: Tensor | None
     pattern: Pattern | None
     groups: list[Group]
 
     @classmethod
     def build(
-        cls, edge_index: Tensor, graph_index: Tensor, num_graphs: int, num_weights: int, for_compiler: bool = False
+        cls,
+        edge_index: Tensor,
+        graph_index: Tensor,
+        node_vectors: Tensor | None,
+        num_graphs: int,
+        num_weights: int,
+        for_compiler: bool = False,
     ) -> Layout:
         """From edges sorted by destination (row 1 of edge_index).
 
         Args:
+            node_vectors: [N,4,3] offsets of backbone atoms, zero where there are none.
             for_compiler: one padded group and no sparse products, so that every batch is computed by the same graph.
         """
         device, num_nodes = edge_index.device, len(graph_index)
@@ -136,14 +146,21 @@ class Layout:
         place_E = destination * most + torch.arange(len(source), device=device) - first_edge_N[destination]
         own = torch.arange(num_nodes, device=device).repeat_interleave(most)
         source = own.index_copy(0, place_E, source)
+        framed_E = source[:0] if node_vectors is None else _framed(edge_index, node_vectors)
         # torch cuts a pattern that has more places than its matrix: a small cell with many images gathers
         sparse = not for_compiler and available(device) and most <= num_nodes
         return cls(
             source=source.view(num_nodes, most),
             place=place_E,
+            framed=framed_E if len(framed_E) else None,
             pattern=Pattern.build(source, most, num_weights) if sparse else None,
             groups=_groups(graph_index, num_graphs, one=for_compiler),
         )
+
+
+def _framed(edge_index: Tensor, node_vectors: Tensor) -> Tensor:
+    """Edges whose two ends have backbones."""
+    return node_vectors.flatten(1).any(1)[edge_index].all(0).nonzero().squeeze(1)
 
 
 def _groups(graph_index: Tensor, num_graphs: int, one: bool) -> list[Group]:
@@ -170,23 +187,27 @@ class Neighbors:
     """
 
     layout: Layout
-    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(TYPICAL_DEGREE)
+    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(TYPICAL_DEGREE); 17 R with frames
     harmonics: Tensor  # [N, K, M] times the same
     directions: Tensor  # [N, M, K] harmonics alone
 
     @classmethod
     def build(
-        cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int, frames_EF: Tensor
+        cls, layout: Layout, vector_E3: Tensor, x_E: Tensor, num_radial: int, lmax: int, frames: Tensor | None
     ) -> Neighbors:
         """Tables of edges.
 
         Args:
             vector_E3: from destination to source, Å.
             x_E: length of each edge as a share of its cutoff.
+            frames: `frame_basis` of the edges in `layout.framed`.
         """
         harmonics_EM = spherical_harmonics(vector_E3 / vector_E3.norm(dim=-1, keepdim=True), lmax)
         fade_E1 = envelope(x_E)[:, None] / math.sqrt(TYPICAL_DEGREE)
-        radial_E = torch.cat([radial_basis(x_E, num_radial), frames_EF], dim=-1)
+        radial_E = radial_basis(x_E, num_radial)
+        if frames is not None and layout.framed is not None:
+            others_E = frames.new_zeros(x_E.shape[0], frames.shape[-1])
+            radial_E = torch.cat([radial_E, others_E.index_copy(0, layout.framed, frames)], dim=-1)
         features_E = torch.cat([radial_E * fade_E1, harmonics_EM * fade_E1, harmonics_EM], dim=-1)
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)

@@ -25,7 +25,6 @@ from .blocks_moiety import (
     merged_norm,
 )
 from .configuration_moiety import MoietyConfig
-from .blocks_moiety import FR
 from .geometry_moiety import Layout, Neighbors, frame_basis, mean_per_graph
 from .heads_moiety import StrainHead, TaskHead, VectorHead
 from .vocabulary_moiety import DOMAINS, FIRST_RESIDUE, RESIDUE_MASK, ROLES, node_scale
@@ -73,6 +72,7 @@ class MoietyPreTrainedModel(PreTrainedModel):
     main_input_name = "positions"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
+    _keys_to_ignore_on_load_missing = [r"\.frames$"]  # exports from before there were any: zero changes nothing
     _keys_to_ignore_on_load_unexpected = [r"^(noise_head|type_head|strain_head|heads)\."]
 
     @torch.no_grad()
@@ -203,15 +203,14 @@ class MoietyModel(MoietyPreTrainedModel):
         scale = node_scale(node_type).to(positions.dtype)
         x_E = vector_E3.norm(dim=-1) / (0.5 * config.cutoff * (scale[source] + scale[destination]))
         if layout is None:
-            layout = Layout.build(edge_index, graph_index, num_graphs, config.num_weights, self.for_compiler)
-        neighbors = Neighbors.build(
-            layout,
-            vector_E3,
-            x_E,
-            config.num_radial,
-            config.lmax,
-            frame_basis(vector_E3, inputs["node_vectors"], source, destination, 2 * config.cutoff, FR),
-        )
+            layout = Layout.build(
+                edge_index, graph_index, node_vectors, num_graphs, config.num_weights, self.for_compiler
+            )
+        frames = None
+        if (framed := layout.framed) is not None:
+            between = vector_E3[framed], inputs["node_vectors"], edge_index[:, framed]
+            frames = frame_basis(*between, 2 * config.cutoff, config.num_radial)
+        neighbors = Neighbors.build(layout, vector_E3, x_E, config.num_radial, config.lmax, frames)
         places = StructurePlaces(centred, is_open[graph_index], layout.groups)
         with full_precision(positions):
             x, condition = self.embedding(inputs, positions.dtype, hint)

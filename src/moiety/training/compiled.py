@@ -4,7 +4,8 @@ What torch.compile makes can be differentiated once; a loss on forces does so tw
 written out as a graph of plain operations, which the compiler then takes as it takes any other (the way of NequIP:
 Tan et al. 2025, arXiv 2504.16068).
 """
-# Shapes: B structures, N nodes, E edges, K most neighbours of a node, n most nodes of a structure.
+# Shapes: B structures, N nodes, E edges, K most neighbours of a node, n most nodes of a structure,
+# F edges between residues.
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ SHAPES: dict[str, tuple[str | int, ...]] = {  # inputs of the model and tensors 
     "noise_level": ("B",),
     "source": ("N", "K"),
     "place": ("E",),
+    "framed": ("F",),
     "node": ("B", "n"),
     "present": ("B", "n"),
     "taken": ("N",),
@@ -73,11 +75,14 @@ class WrittenOut:
         layout = Layout.build(
             given["edge_index"],
             given["graph_index"],
+            given.get("node_vectors"),
             len(given["cell"]),
             self.model.config.num_weights,
             for_compiler=True,
         )
         tensors = given | {"source": layout.source, "place": layout.place} | vars(layout.groups[0])
+        if layout.framed is not None:
+            tensors["framed"] = layout.framed
         weights = dict(self.model.named_parameters())
         device = positions.device.type
         key = (*((name, tensor.dtype) for name, tensor in tensors.items()), torch.is_autocast_enabled(device))
@@ -106,13 +111,13 @@ def write_out(
     def forward(weight_values: list[Tensor], values: list[Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         inputs: dict[str, Any] = dict(zip(tensors, values, strict=True))
         source, place, *group = (inputs.pop(name) for name in ("source", "place", "node", "present", "taken"))
-        inputs["layout"] = Layout(source, place, None, [Group(*group)])
+        inputs["layout"] = Layout(source, place, inputs.pop("framed", None), None, [Group(*group)])
         output = torch.func.functional_call(model, dict(zip(weights, weight_values, strict=True)), (), inputs)
         return output.predictions, output.node_features, output.graph_features
 
     # sizes that are equal in the example are taken for one: these differ from each other and from all of the weights
     widths = {size for weight in weights.values() for size in weight.shape}
-    sizes = dict(zip("BNEKn", (size for size in itertools.count(101) if size not in widths), strict=False))
+    sizes = dict(zip("BNEKnF", (size for size in itertools.count(101) if size not in widths), strict=False))
     shapes = [[size if isinstance(size, int) else sizes[size] for size in SHAPES[name]] for name in tensors]
     example = [tensor.new_empty(shape) for tensor, shape in zip(tensors.values(), shapes, strict=True)]
     try:
