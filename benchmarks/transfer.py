@@ -1,7 +1,7 @@
 """What pretraining is worth: paired fine-tuning runs from few labels and many, beside what needs no network.
 
     make transfer                                             pilots, then the matrix: many hours on two cores
-    make transfer-quick                                       dipole from 1,000 labels, LoRA and scratch: 15 minutes
+    make transfer-quick                                       dipole from 1,000 labels, LoRA and scratch
     python benchmarks/transfer.py --pilot [--tasks dipole]    learning rates, by validation
     python benchmarks/transfer.py [--tasks ...] [--counts 100,1000] [--arms ...] [--seeds 0,1,2]
     python benchmarks/transfer.py --show                      what is there by now; runs nothing
