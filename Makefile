@@ -61,7 +61,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# What pretraining is worth: paired runs of all methods on tasks of every domain; many hours..
+# What pretraining is worth: paired runs of all methods on tasks of every domain; many hours.
 transfer: $(INSTALLED)
 	$(TEACHERS)
 	$(call built,qm9 forces crystals proteins)
