@@ -76,6 +76,18 @@ def test_the_noise_level_is_hidden_in_the_share_asked_for() -> None:
     assert float(hidden.float().mean()) == pytest.approx(0.2, abs=0.02)
 
 
+@pytest.mark.parametrize("name", ["coordinates", "blocks"])
+def test_clean_structures_stay_as_they_are_and_are_not_told_so(name: str) -> None:
+    zigzag = np.array([[1.3 * i, 0.8 * (i % 2), 0.0] for i in range(6)])
+    clean, task = collate([Structure(np.full(6, 6), zigzag)] * 4000), objective(name, clean=0.5, hide_sigma=0.2)
+    noisy = task.corrupt(clean, rng())
+    moved = (noisy.positions - clean.positions).view(-1, 18).abs().amax(-1) > 1e-3
+    assert float(moved.float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(task.scored(noisy) > 0, moved)
+    assert noisy.noise_level is not None and noisy.noise_level[~moved].isnan().all()
+    assert float(noisy.noise_level.isnan().float().mean()) == pytest.approx(0.7, abs=0.03)
+
+
 def test_a_lone_atom_is_not_scored() -> None:
     task = objective("coordinates")
     noisy = task.corrupt(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE, MASK
 from moiety.objectives.base import Objective, log_uniform, remove_mean, sum_by_structure
-from moiety.objectives.coordinates import CoordinateDenoisingConfig
+from moiety.objectives.coordinates import CoordinateDenoisingConfig, clean_and_told, displaced
 from moiety.tokens.batch import Batch
 
 TURN = 2.5  # rad per Å of shift: 0.1 rad go with 0.04 Å, as in the paper
@@ -55,7 +55,7 @@ class BlockDenoising(Objective):
         config = self.config
         block = torch.from_numpy(blocks_of(batch, config.residues, rng))
         sigma_B = log_uniform(batch.num_structures, config.sigma_min, config.sigma_max, rng).to(batch.positions)
-        told_B = torch.rand(batch.num_structures, generator=rng) >= config.hide_sigma
+        clean_B, told_B = clean_and_told(batch, config, rng)
         num_blocks = int(block.max()) + 1
         shift_K3, turn_K3 = torch.randn(2, num_blocks, 3, generator=rng).to(batch.positions)
         centre_K3 = _means(batch.positions, block, num_blocks)
@@ -64,7 +64,7 @@ class BlockDenoising(Objective):
             shift_K3[block] + TURN * torch.linalg.cross(turn_K3[block], arm_N3), TURN * turn_K3[block], batch
         )
         size_B = (sum_by_structure(noise_N3.square().mean(-1), batch) / batch.num_nodes_B.clamp(min=1)).sqrt()
-        factor_B = torch.where(size_B > STILL, 1 / size_B.clamp(min=STILL), 0.0)
+        factor_B = torch.where((size_B > STILL) & ~clean_B, 1 / size_B.clamp(min=STILL), 0.0)
         noise_N3, turn_N3 = (part * factor_B[batch.graph_index, None] for part in (noise_N3, turn_N3))
         sigma_N1 = sigma_B[batch.graph_index, None]
         rotation_N33 = torch.linalg.matrix_exp(_cross_matrix(sigma_N1 * turn_N3))
@@ -77,8 +77,7 @@ class BlockDenoising(Objective):
         )
 
     def scored(self, batch: Batch) -> Tensor:
-        moved_N = batch.node_targets["noise"].abs().sum(-1)
-        return (sum_by_structure(moved_N, batch) > 0).to(batch.positions)
+        return displaced(batch)
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
         error_N = (output.noise - batch.node_targets["noise"]).square().mean(-1)

@@ -22,7 +22,19 @@ class CoordinateDenoisingConfig:
     sigma_min: float = 0.01  # Å
     sigma_max: float = 0.30  # Å
     hide_sigma: float = 0.2  # share of structures that are not told their noise level
+    clean: float = 0.0  # share of structures that stay as they are, and are not told so: what fine-tuning shows
     weight: float = 1.0
+
+
+def clean_and_told(batch: Batch, config: CoordinateDenoisingConfig, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two [B] bool: which structures stay as they are, and which are told their noise level."""
+    draw_B = torch.rand(batch.num_structures, generator=rng)
+    return draw_B < config.clean, draw_B >= config.clean + config.hide_sigma
+
+
+def displaced(batch: Batch) -> Tensor:
+    """[B] 1 where a node has any noise, else 0."""
+    return (sum_by_structure(batch.node_targets["noise"].abs().sum(-1), batch) > 0).to(batch.positions)
 
 
 class CoordinateDenoising(Objective):
@@ -40,7 +52,8 @@ class CoordinateDenoising(Objective):
         config = self.config
         sigma_B = log_uniform(batch.num_structures, config.sigma_min, config.sigma_max, rng).to(batch.positions)
         noise_N3 = remove_mean(torch.randn(batch.positions.shape, generator=rng).to(batch.positions), batch)
-        told_B = torch.rand(batch.num_structures, generator=rng) >= config.hide_sigma
+        clean_B, told_B = clean_and_told(batch, config, rng)
+        noise_N3 = torch.where(clean_B[batch.graph_index, None], 0.0, noise_N3)
         return batch.replace(
             positions=batch.positions + sigma_B[batch.graph_index, None] * noise_N3,
             noise_level=torch.where(told_B, sigma_B, torch.nan),
@@ -48,7 +61,7 @@ class CoordinateDenoising(Objective):
         )
 
     def scored(self, batch: Batch) -> Tensor:
-        return (batch.num_nodes_B > 1).to(batch.positions)  # a lone atom has no noise left once its mean is removed
+        return displaced(batch)  # a lone atom is not: it has no noise left once its mean is removed
 
     def loss_sum(self, output: Any, batch: Batch) -> Tensor:
         error_N = (output.noise - batch.node_targets["noise"]).square().mean(-1)
