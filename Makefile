@@ -85,7 +85,8 @@ weights: $(INSTALLED)
 	$(call built,qm9 ccd crystals proteins forces gfn1 r2scan)
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released_denoising.yaml --out runs/released/denoising
 	$(BIN)/python pretrain/train.py --config pretrain/configs/released_labels.yaml --out runs/released/labels
-	$(BIN)/python pretrain/train.py --config pretrain/configs/released.yaml --out runs/released/base
+	$(BIN)/python pretrain/train.py --config pretrain/configs/released_continued.yaml --out runs/released/continued
+	$(BIN)/deepspeed --num_accelerators 2 pretrain/train.py --config pretrain/configs/released.yaml --out runs/released/base
 	$(BIN)/python finetune/lora.py --config finetune/configs/released_gap.yaml --out runs/released/gap
 	$(BIN)/python finetune/lora.py --config finetune/configs/released_forces.yaml --out runs/released/forces
 	$(BIN)/python pretrain/release.py runs/released/base tiny gap=runs/released/gap forces=runs/released/forces

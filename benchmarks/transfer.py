@@ -44,7 +44,7 @@ RESULTS = ROOT / "benchmarks/results/transfer.json"
 ARMS = {  # learning rates that are tried
     "scratch": (1e-3, 2e-3, 4e-3), "full": (5e-4, 1e-3, 2e-3), "lora": (2e-3, 5e-3, 1e-2), "head": (2e-3, 5e-3, 1e-2),
 }  # fmt: skip
-QUICK = {"tasks": ["dipole"], "arms": ["scratch", "lora"], "counts": [PILOT]}
+QUICK = {"tasks": ["dipole"], "arms": ["scratch", "lora"], "counts": [PILOT], "seeds": [0, 1]}
 
 
 def main(argv: list[str] | None = None) -> int:
