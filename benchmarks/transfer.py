@@ -57,10 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         ledger = Ledger.open(RESULTS, out.name)
         if args.quick:
             ledger.errors.clear()
-        while pilots := [job for job in pilots_of(ledger, args.tasks, args.arms) if not ledger.has(job)]:
+        while pilots := pilots_of(ledger, args.tasks, args.arms):
             if not args.show:
-                runs.run(pilots, args.model, out / "pilot")
-            if not collect(ledger, pilots, out / "pilot"):
+                runs.run(pilots, args.model, out)
+            done = [job for job in pilots if runs.finished(job, out)]
+            for job in done:
+                ledger.add_pilot(job, runs.read(out / job.name, job.task))
+            if not done:
                 break
         jobs = [] if args.show or args.pilot else jobs_of(ledger, args.tasks, args.counts, args.arms, args.seeds)
         runs.run([job for job in jobs if not ledger.has(job)], args.model, out)
@@ -80,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 def jobs_of(
     ledger: Ledger, tasks: Sequence[str], counts: Sequence[int], arms: Sequence[str], seeds: Sequence[int]
 ) -> list[Job]:
-    """At the rates that the pilots found, few labels first; arms without a rate are left out."""
+    """At the rates that the pilots found, few labels first; arms without a rate are left out. One was its pilot."""
     return [
         Job(task, arm, count, seed, rate)
         for count in counts for seed in seeds for task in tasks for arm in arms
@@ -135,9 +138,11 @@ def others(jobs: Sequence[Job], model: Path, out: Path) -> None:
 
 
 def pilots_of(ledger: Ledger, tasks: Sequence[str], arms: Sequence[str]) -> list[Job]:
+    """What is left of them."""
     return [
-        Job(task, arm, PILOT, 0, rate, pilot=True)
+        Job(task, arm, PILOT, 0, rate)
         for task in tasks for arm in arms for rate in rates(ledger.scores(task, arm), ARMS[arm])
+        if rate not in ledger.scores(task, arm)
     ]  # fmt: skip
 
 
@@ -150,15 +155,15 @@ def rates(scores: dict[float, float], first: Sequence[float]) -> list[float]:
     return sorted([*first, *([beyond[best]] if best in beyond else [])])
 
 
-def collect(ledger: Ledger, jobs: Sequence[Job], out: Path) -> int:
-    """What is finished, into the ledger; how many."""
-    finished = [job for job in jobs if runs.finished(job, out)]
-    for job in finished:
+def collect(ledger: Ledger, jobs: Sequence[Job], out: Path) -> None:
+    """What is finished, into the ledger."""
+    for job in jobs:
+        if not runs.finished(job, out):
+            continue
         entry = runs.read(out / job.name, job.task)
         if (out / job.draw).exists():
             entry["results"] |= json.loads((out / job.draw).read_text())
         ledger.add(job, entry)
-    return len(finished)
 
 
 def sheet(found: Errors, task: str) -> Sheet:

@@ -47,8 +47,6 @@ class Ledger:
         write_json(path, {**facts, "base": self.base, "pilots": self.pilots, "errors": self.errors})
 
     def has(self, job: Job) -> bool:
-        if job.pilot:
-            return f"{job.rate:g}" in self.pilots.get(job.task, {}).get(job.arm, {})
         return f"{job.seed}" in self.of(job).get(METHODS[job.arm], {})
 
     def of(self, job: Job) -> dict[str, dict[str, float]]:
@@ -57,14 +55,15 @@ class Ledger:
 
     def add(self, job: Job, entry: dict[str, Any]) -> None:
         """What the metrics of a finished run say."""
-        if job.pilot:
-            self.pilots.setdefault(job.task, {}).setdefault(job.arm, {})[f"{job.rate:g}"] = entry["validation"]
-            return
         by_count = self.errors.setdefault(job.task, {})
         by_name = by_count.setdefault(f"{job.count}", {})
         for name, error in entry["results"].items():  # every arm reports the same baselines
             by_name.setdefault(name, {})[f"{job.seed}"] = error
         self.errors[job.task] = dict(sorted(by_count.items(), key=lambda item: int(item[0])))
+
+    def add_pilot(self, job: Job, entry: dict[str, Any]) -> None:
+        """The validation score of a learning rate."""
+        self.pilots.setdefault(job.task, {}).setdefault(job.arm, {})[f"{job.rate:g}"] = entry["validation"]
 
     def scores(self, task: str, arm: str) -> dict[float, float]:
         """Learning rate -> validation score."""

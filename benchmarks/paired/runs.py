@@ -58,7 +58,6 @@ class Job:
     count: int
     seed: int
     rate: float
-    pilot: bool = False
 
     @property
     def name(self) -> str:
@@ -75,7 +74,7 @@ class Job:
         steps = steps_for(self.count)
         words = [f"num_val={NUM_VAL}", *task.changes, f"model={model}", f"method={self.arm}", f"num_train={self.count}"]
         words += [f"steps={steps}", f"checkpoint_every={steps // 6}", "patience=6", f"lr={self.rate:g}"]
-        words += [f"training.seed={self.seed}", f"data.seed={self.seed}", *(["num_test=8"] if self.pilot else [])]
+        words += [f"training.seed={self.seed}", f"data.seed={self.seed}"]
         return ["--config", str(ROOT / f"finetune/configs/{task.recipe}.yaml"), *words]
 
 
