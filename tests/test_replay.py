@@ -12,7 +12,15 @@ import torch
 
 from moiety.adapters.adapter import AdapterSettings, add_adapter, load_base
 from moiety.adapters.finetune import FinetuneConfig
-from moiety.adapters.replay import PRETRAINING, ReplayConfig, forgetting, off_task, replayed, with_frozen_heads
+from moiety.adapters.replay import (
+    PRETRAINING,
+    BesideBase,
+    KeptFeatures,
+    ReplayConfig,
+    forgetting,
+    off_task,
+    replayed,
+)
 from moiety.adapters.tasks import Task, TaskConfig
 from moiety.data.shards import Corpus
 from moiety.data.subset import Unlabelled
@@ -38,13 +46,14 @@ def test_replayed_structures_have_no_labels_and_labelled_ones_no_noise():
     assert not any(s.scalars for s in bare)
     learned = task.objective()
     config = ReplayConfig((SourceConfig("any"),), weight=0.2, objectives={"coordinates": {"weight": 3}})
-    (coordinates,) = replayed(config, [learned])
+    coordinates, features = replayed(config, [learned])
     assert coordinates.name == "replayed coordinates" and coordinates.weight == pytest.approx(0.6)
+    assert features.name == "replayed features" and features.weight == pytest.approx(2)
     for structures, is_replayed in ((labelled, False), (bare, True)):
         batch = collate(structures, labels=learned.labels)
         seen = coordinates.corrupt(batch, torch.Generator().manual_seed(0))
         assert torch.equal(seen.positions, batch.positions) is not is_replayed
-        assert bool(coordinates.scored(seen).any()) is is_replayed
+        assert bool(coordinates.scored(seen).any()) is bool(features.scored(seen).all()) is is_replayed
         assert bool(task.objective().scored(seen).any()) is not is_replayed
 
 
@@ -62,15 +71,21 @@ def test_nothing_is_forgotten_before_training_and_something_after_damage(base: P
     assert max(abs(entry["change"]) for entry in damaged["molecule"].values()) > 0.01
 
 
-def test_the_heads_of_pretraining_come_back_frozen(base: Path):
+def test_the_base_comes_back_frozen_and_says_what_is_to_be_kept(base: Path):
     pretrained = MoietyForPreTraining.from_pretrained(base).eval()
-    model = with_frozen_heads(load_base(base, DIPOLE), pretrained).eval()
+    model = BesideBase(load_base(base, DIPOLE), pretrained).eval()
     batch = with_neighbors(collate(Corpus.open(SAMPLES / "qm9", split="train").read(range(3))), 5.0)
     with torch.no_grad():
         one, other = model(**batch.inputs()), pretrained(**batch.inputs())
     assert torch.equal(one.noise, other.noise) and torch.equal(one.type_logits, other.type_logits)
-    assert not any(p.requires_grad for p in model.noise_head.parameters())
+    assert torch.equal(one.base_features, other.graph_features)
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"model"}
     assert all(p.requires_grad for p in model.model.parameters())
+    kept = KeptFeatures(1.0)
+    assert kept.loss_sum(one, batch).tolist() == [0, 0, 0]
+    with torch.no_grad():
+        next(model.model.parameters()).mul_(1.5)
+    assert (kept.loss_sum(model(**batch.inputs()), batch) > 0.01).all()
 
 
 def test_a_property_that_was_not_trained_on_suffers_from_damage(base: Path):
@@ -100,7 +115,7 @@ def test_a_run_with_replay_tells_both_losses_and_what_was_forgotten(method: str,
     words += [f"model={base}", f"corpus={SAMPLES / 'qm9'}", f"method={method}"]
     words += [f"replay={{sources: [{{path: {SAMPLES / 'proteins'}}}], share: 0.5}}"]
     (record,) = launched.train(ROOT / "finetune/lora.py", ["--config", config, *words], tmp_path / "run")
-    assert record["losses"]["protein"].keys() == {"replayed types", "replayed coordinates"}
+    assert record["losses"]["protein"].keys() == {"replayed types", "replayed coordinates", "replayed features"}
     assert record["losses"]["molecule"].keys() == {"dipole"}
     (metrics,) = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["off_task"].keys() == {"base", "now", "refit", "mean"}

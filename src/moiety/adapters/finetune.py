@@ -26,12 +26,12 @@ from moiety.adapters.outputs import predict
 from moiety.adapters.references import unknown_elements
 from moiety.adapters.replay import (
     PRETRAINING,
+    BesideBase,
     ReplayConfig,
     forgetting,
     held_out,
     off_task,
     replayed,
-    with_frozen_heads,
 )
 from moiety.adapters.starts import Start, find_starts, start_heads
 from moiety.adapters.tasks import DERIVED, Task, TaskConfig, lines_of, require_consistent
@@ -270,7 +270,7 @@ def finetune(run: Run, config: FinetuneConfig, data: LabelledData | None = None)
     run.progress.note(f"{config.method}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.1%})")
     objectives: list[Any] = [task.objective() for task in data.tasks]
     if config.replay:
-        model = with_frozen_heads(model, MoietyForPreTraining.from_pretrained(config.model))
+        model = BesideBase(model, MoietyForPreTraining.from_pretrained(config.model))
         objectives = [*replayed(config.replay, objectives), *objectives]
     validation = None
     if data.val is not None:

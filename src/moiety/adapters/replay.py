@@ -1,7 +1,8 @@
 """Replay: what the base was pretrained on, mixed into fine-tuning, so that it is not forgotten; and how much of it is.
 
-The heads of pretraining come back beside those of the tasks, frozen: they define what the base could do. Micro-batches
-of the replayed corpora are spoilt as in pretraining and carry no labels; labelled ones are left as they are.
+The base comes back beside the model, frozen: its heads of pretraining define what it could do, and its features of
+replayed structures are labels of what it knew of them (as the logits in Li and Hoiem 2016, arXiv 1606.09282).
+Micro-batches of the replayed corpora are spoilt as in pretraining; labelled ones are left as they are.
 """
 # Shapes: B structures.
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moiety.data.shards import Corpus
 from moiety.data.structure import Array, Structure
@@ -25,10 +26,10 @@ from moiety.models.vocabulary_moiety import DOMAINS
 from moiety.objectives import Objective, build_objectives
 from moiety.objectives.regression import Supervised
 from moiety.objectives.unlabelled import OnUnlabelled
-from moiety.tokens.batch import collate, with_neighbors
+from moiety.tokens.batch import Batch, collate, with_neighbors
 from moiety.tokens.labels import Label
 from moiety.training.config import SourceConfig
-from moiety.training.multitask import WithPretrainingHeads
+from moiety.training.multitask import MultitaskOutput, WithPretrainingHeads
 
 BATCH = 32  # structures that are asked at a time
 PRETRAINING: dict[str, dict[str, Any]] = {"coordinates": {}, "types": {}, "cell": {}}
@@ -41,6 +42,7 @@ class ReplayConfig:
     sources: tuple[SourceConfig, ...]
     share: float = 0.5  # of the micro-batches
     weight: float = 1.0  # of the losses of pretraining, beside those of the tasks
+    features: float = 10.0  # of the change of the base's features, beside those
     objectives: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(PRETRAINING))
 
     def __post_init__(self) -> None:
@@ -54,19 +56,39 @@ class ReplayConfig:
 
 
 def replayed(config: ReplayConfig, learned: Sequence[Supervised]) -> list[Objective]:
-    """The objectives of pretraining, beside those that learn from labels."""
-    return [
-        OnUnlabelled(objective, learned, f"replayed {objective.name}", config.weight)
-        for objective in build_objectives(config.objectives)
-    ]
+    """The objectives of pretraining and the base's features, beside what is learned from labels."""
+    objectives = [*build_objectives(config.objectives), *([KeptFeatures(config.features)] if config.features else [])]
+    return [OnUnlabelled(objective, learned, f"replayed {objective.name}", config.weight) for objective in objectives]
 
 
-def with_frozen_heads(model: nn.Module, base: MoietyForPreTraining) -> WithPretrainingHeads:
-    """The heads of pretraining define what the base could do: they are not trained."""
-    whole = WithPretrainingHeads(model, base)
-    for head in (whole.noise_head, whole.type_head, whole.strain_head):
-        head.requires_grad_(False)
-    return whole
+class KeptFeatures(Objective):
+    """The mean squared change of a structure's pooled features, in mean squares of those of the base."""
+
+    name = "features"
+
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def scored(self, batch: Batch) -> Tensor:
+        return batch.positions.new_ones(batch.num_structures)
+
+    def loss_sum(self, output: Any, batch: Batch) -> Tensor:
+        change_BC = output.graph_features - output.base_features
+        return change_BC.square().mean(-1) / output.base_features.square().mean(-1)
+
+
+class BesideBase(WithPretrainingHeads):
+    """A model, and the base with its heads of pretraining, which are not trained."""
+
+    def __init__(self, model: nn.Module, base: MoietyForPreTraining):
+        super().__init__(model, base.requires_grad_(False))
+        self.base = base.moiety
+
+    def forward(self, **inputs: Any) -> MultitaskOutput:
+        output = super().forward(**inputs)
+        with torch.no_grad():
+            output["base_features"] = self.base(**inputs).graph_features
+        return output
 
 
 @torch.no_grad()

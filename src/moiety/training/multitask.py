@@ -33,6 +33,8 @@ class MultitaskOutput(ModelOutput):
     noise: Tensor | None = None
     type_logits: Tensor | None = None
     strain: Tensor | None = None
+    graph_features: Tensor | None = None
+    base_features: Tensor | None = None  # [B,C] those of the base, where it is there (moiety.adapters.replay)
 
 
 class WithPretrainingHeads(nn.Module):
@@ -63,6 +65,7 @@ class WithPretrainingHeads(nn.Module):
                 noise=self.noise_head(features),
                 type_logits=self.type_head(features[:, 0]),
                 strain=self.strain_head(features, graph_index, output.graph_features.shape[0]),
+                graph_features=output.graph_features,
             )
 
 
