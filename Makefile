@@ -29,7 +29,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test test-slow check format transfer transfer-quick pretraining-choices weights bench bench-gpu bench-accuracy report-png clean
+.PHONY: install quickstart test test-slow check format transfer transfer-quick recipes pretraining-choices weights bench bench-gpu bench-accuracy report-png clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -71,6 +71,12 @@ transfer-quick: $(INSTALLED)
 	$(TEACHERS)
 	$(call built,qm9)
 	$(BIN)/python benchmarks/transfer.py --quick
+
+# Every recipe as it stands, on its own test set; two to three hours.
+recipes: $(INSTALLED)
+	$(TEACHERS)
+	$(call built,qm9 forces crystals proteins freesolv polarizabilities surfaces interactions s22 flows)
+	$(BIN)/python benchmarks/recipes.py
 
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)
