@@ -43,7 +43,7 @@ def configured(base: Path | str, *words: str) -> PretrainConfig:
 
 
 def test_supervised_sources_are_learned_from_as_they_are_and_others_have_no_labels(base: Path):
-    config = configured(base)
+    config = configured(base, "objectives.coordinates.clean=0")
     mixture = Mixture.open(config.data)
     _, objectives, tasks = build(config, mixture)
     assert {task.name: task.config.unit for task in tasks} == {
@@ -86,6 +86,17 @@ def test_training_goes_on_from_a_model_and_leaves_one_of_the_same_kind(base: Pat
     assert (
         "labels of GFN1-xTB: energy, forces, dipole, gap, mulliken; r2SCAN by CHGNet (teacher model, not DFT): " in card
     )
+
+
+@pytest.mark.parametrize("part", ["released_denoising", "released_labels", "released_continued"])
+def test_the_parts_before_take_two_steps(part: str, base: Path, tmp_path: Path):
+    config = CONFIG.with_stem(part)
+    words = overrides(base)
+    if part == "released_denoising":
+        words = [f"data.sources=[{{path: {SAMPLES / 'qm9'}}}, {{path: {SAMPLES / 'proteins'}}}]", "micro_batches=2"]
+    words += ["steps=2", "log_every=1", "checkpoint_every=2", "workers=0", "node_budget=640", "edge_budget=20000"]
+    _, last = launched.train(ROOT / "pretrain/train.py", ["--config", config, *words], tmp_path / "run")
+    assert np.isfinite(last["loss"]) and (tmp_path / "run/export/model.safetensors").exists()
 
 
 def test_a_new_model_can_learn_from_labels_too(base: Path):
