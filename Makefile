@@ -85,7 +85,8 @@ pretraining-choices: $(INSTALLED)
 	$(BIN)/python benchmarks/pretraining.py
 
 # What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with labels of teachers beside
-# (five minutes on an H200, some six hours on a core by its nodes, untried; and an hour on a core), two adapters (half an hour each).
+# (five minutes on an H200, some six hours on a core by its nodes, untried; an hour on a core; an hour and three quarters on two),
+# two adapters (half an hour each).
 weights: $(INSTALLED)
 	$(TEACHERS)
 	$(call built,qm9 ccd crystals proteins forces gfn1 r2scan)
