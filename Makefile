@@ -72,7 +72,7 @@ transfer-quick: $(INSTALLED)
 	$(call built,qm9)
 	$(BIN)/python benchmarks/transfer.py --quick
 
-# Every recipe as it stands, on its own test set; two to three hours.
+# Every recipe as it stands, on its own test set; hours.
 recipes: $(INSTALLED)
 	$(TEACHERS)
 	$(call built,qm9 forces crystals proteins freesolv polarizabilities surfaces interactions s22 flows)

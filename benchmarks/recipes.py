@@ -1,10 +1,10 @@
 """Every recipe as it stands, on its own test set: LoRA on the weights of the package, from scratch, and no network.
 
-    make recipes                                          all of them: two to three hours on two cores
+    make recipes                                          all of them: hours on two cores, not timed yet
     python benchmarks/recipes.py freesolv [--seeds 0]     some of them
     python benchmarks/recipes.py --show                   the table of what is there by now; runs nothing
 
-Learning rates are not tuned: LoRA has the recipe's, scratch has 2e-3, which is the best of most pilots of transfer.py.
+Learning rates are not tuned: LoRA has the recipe's, scratch has 1e-3, the best of three of the five pilots of transfer.py.
 What is finished, or stands in benchmarks/results/recipes.json for the same base, is not run again. Writes that file
 and the table of docs/recipes.md.
 """
@@ -36,7 +36,7 @@ PAGE = ROOT / "docs/recipes.md"
 RESULTS = ROOT / "benchmarks/results/recipes.json"
 CONFIGS = ROOT / "finetune/configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("released_"))
-ARMS: dict[str, tuple[str, ...]] = {"lora": (), "scratch": ("lr=2e-3",)}
+ARMS: dict[str, tuple[str, ...]] = {"lora": (), "scratch": ("lr=1e-3",)}
 Errors = dict[str, dict[str, dict[str, float]]]  # "recipe: target, metric in unit" -> method -> seed -> error
 
 
