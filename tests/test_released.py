@@ -79,7 +79,7 @@ def losses() -> dict[str, dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("config", "recipe"),
-    [("released_continued", "recipe"), *((f"released_{x}", f"recipe_{x}") for x in ("labels", "denoising"))],
+    [("released", "recipe"), *((f"released_{x}", f"recipe_{x}") for x in ("continued", "labels", "denoising"))],
 )
 def test_the_recipes_are_those_that_stand_in_the_configurations(config: str, recipe: str) -> None:
     ours = load_config(PretrainConfig, ROOT / f"pretrain/configs/{config}.yaml")
