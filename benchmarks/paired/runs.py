@@ -134,7 +134,7 @@ def cell(by_seed: Mapping[Any, float], scratch: Mapping[Any, float]) -> str:
     if not by_seed:
         return "–"
     values = list(by_seed.values())
-    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.std(values) > 0 else ""
+    spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.ptp(values) > 1e-9 * max(values) else ""
     both = sorted(by_seed.keys() & scratch.keys())
     ratio = np.mean([by_seed[seed] for seed in both]) / np.mean([scratch[seed] for seed in both]) if both else 1.0
     return f"{np.mean(values):.4g}{spread}" + (f" ({ratio - 1:+.0%})" if both and by_seed is not scratch else "")
