@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 from moiety.adapters.adapter import (
@@ -22,6 +22,7 @@ from moiety.adapters.adapter import (
     trainable_share,
     trunk_linears,
 )
+from moiety.adapters.lora import SummedLinear
 from moiety.adapters.starts import TYPES, Start, start_heads
 from moiety.data.shards import Corpus
 from moiety.errors import InputError
@@ -173,6 +174,57 @@ def test_a_missing_adapter_and_a_missing_base_are_named(export: Path, tmp_path: 
         load_adapted(export, tmp_path / "nowhere")
     with pytest.raises(InputError, match="nowhere"):
         load_base(tmp_path / "nowhere", TASKS)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_the_sum_of_the_weights_has_the_gradients_of_peft(
+    kind: str, export: Path, batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = randomized(add_adapter(load_base(export, TASKS), AdapterSettings(), kind)).double()
+    save_adapter(ours, tmp_path / "adapter", export, TASKS)
+    stock = PeftModel.from_pretrained(load_base(export, TASKS).double(), str(tmp_path / "adapter"), is_trainable=True)
+    summed = [m for m in ours.modules() if isinstance(m, SummedLinear)]
+    assert len(summed) == len(trunk_linears(load_base(export, TASKS)))
+    assert not any(isinstance(m, SummedLinear) for m in stock.modules())
+    inputs = batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor).inputs()
+    monkeypatch.setattr(Linear, "forward", lambda *_: pytest.fail("three products"))
+    for model in (ours, stock.double().eval()):
+        model(**inputs).predictions["dipole"].square().sum().backward()
+        monkeypatch.undo()
+    expected = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert found.keys() == expected.keys() and len(found) > 40
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("why", ["bfloat16", "autocast", "several", "disabled"])
+def test_where_the_sum_would_be_wrong_the_layer_of_peft_acts(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    config = LoraConfig(target_modules=["0"], r=2)
+    config._register_custom_module({nn.Linear: SummedLinear})
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    layer = next(m for m in adapted.modules() if isinstance(m, SummedLinear))
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(4, 8)
+    expected = super(SummedLinear, layer).forward(x)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+    calls = []
+    monkeypatch.setattr(Linear, "forward", lambda _, x: calls.append(why) or x)
+    layer(x)
+    assert not calls
+    if why == "bfloat16":
+        layer.to(torch.bfloat16)
+        x = x.bfloat16()
+    elif why == "several":
+        adapted.add_adapter("other", config)
+        adapted.base_model.set_adapter(["default", "other"])
+    elif why == "disabled":
+        layer.enable_adapters(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        layer(x)
+    assert calls
 
 
 def test_gradients_and_optimizer_state_exist_for_adapter_and_head_alone(export: Path, batch: Batch) -> None:

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.utils import logging
 
+from moiety.adapters.lora import SummedLinear
 from moiety.errors import InputError
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyModel
@@ -116,6 +117,7 @@ def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str
             use_dora=kind == "dora",
             **where,
         )
+        config._register_custom_module({nn.Linear: SummedLinear})
     with quietly():
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, module in adapted.named_modules():
