@@ -209,7 +209,7 @@ def sheet(part: str, errors: Errors) -> Sheet:
     if part == "domains":
         rows.append(["kept by all of the gain of one", *(kept(errors, task) for task in tasks)])
     title = f"{part.capitalize()}: test error after LoRA from {LABELS:,} labels (change against scratch)"
-    return Sheet(title, ["pretraining", *tasks], rows)
+    return Sheet(title, ["pretraining", *(f"{task}, {FINE_TUNINGS[task].measure}" for task in tasks)], rows)
 
 
 def kept(errors: Errors, task: str) -> str:

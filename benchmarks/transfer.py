@@ -176,7 +176,8 @@ def sheet(found: Errors, task: str) -> Sheet:
         [name, *(runs.cell(by_name.get(name, {}), by_name.get(scratch, {})) for by_name in counts.values())]
         for name in names
     ]
-    title = f"{task}: test error of `{TASKS[task].recipe}`, {TASKS[task].target} (change against scratch)"
+    about = TASKS[task]
+    title = f"{task}: test error of `{about.recipe}`, {about.target}, {about.measure} (change against scratch)"
     return Sheet(title, ["method", *(f"{int(count):,} labels" for count in counts)], rows)
 
 
@@ -217,7 +218,7 @@ def plot(found: Errors, path: Path) -> None:
             for n, by_name in counts.items()
         ]
         axis.plot(*zip(*others, strict=True), "k:", label="best baseline without a network")
-        axis.set(xscale="log", yscale="log", title=task, xlabel="labels", ylabel="test error")
+        axis.set(xscale="log", yscale="log", title=task, xlabel="labels", ylabel=TASKS[task].measure)
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=6)
     figure.tight_layout()

@@ -31,6 +31,7 @@ class Task:
 
     recipe: str
     target: str
+    measure: str  # of the error
     counts: tuple[int, ...]
     changes: tuple[str, ...] = ()
     smiles: bool = False  # its structures have them
@@ -39,13 +40,15 @@ class Task:
 
 QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
 TASKS = {
-    "dipole": Task("qm9_dipole", "dipole", (100, 1000, 9000), QM9, smiles=True, teacher=DIPOLE),
-    "u0": Task("qm9_u0", "u0", (100, 1000, 9000), QM9, smiles=True, teacher=ENERGY),
-    "gap": Task("qm9_gap", "gap", (100, 1000, 9000), QM9, smiles=True, teacher=GAP),
-    "forces": Task("forces_conservative", "forces", (100, 1000, 2000), ("num_val=300",), teacher=FORCES),
-    "crystals": Task("crystals_energy", "energy", (100, 1000, 4000), ("num_val=200",), teacher=CRYSTAL_ENERGY),
-    "residues": Task("proteins_residues", "residue", (100, 1000, 10000), ("num_val=200",)),
-    "secondary": Task("proteins_secondary", "secondary_structure", (100, 1000, 10000), ("num_val=200",)),
+    "dipole": Task("qm9_dipole", "dipole", "MAE, D", (100, 1000, 9000), QM9, smiles=True, teacher=DIPOLE),
+    "u0": Task("qm9_u0", "u0", "MAE, eV", (100, 1000, 9000), QM9, smiles=True, teacher=ENERGY),
+    "gap": Task("qm9_gap", "gap", "MAE, eV", (100, 1000, 9000), QM9, smiles=True, teacher=GAP),
+    "forces": Task("forces_conservative", "forces", "MAE, eV/Å", (100, 1000, 2000), ("num_val=300",), teacher=FORCES),
+    "crystals": Task(
+        "crystals_energy", "energy", "MAE, eV/atom", (100, 1000, 4000), ("num_val=200",), teacher=CRYSTAL_ENERGY
+    ),
+    "residues": Task("proteins_residues", "residue", "% wrong", (100, 1000, 10000), ("num_val=200",)),
+    "secondary": Task("proteins_secondary", "secondary_structure", "% wrong", (100, 1000, 10000), ("num_val=200",)),
 }
 
 
