@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import moiety
 from moiety.adapters.adapter import (
     ADAPTERS,
     AdapterSettings,
@@ -87,12 +88,15 @@ class LabelledDataConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """`method`: lora | rslora | dora | ia3 | full | head (trunk frozen) | scratch (random weights, all trained)."""
+    """`method`: lora | rslora | dora | ia3 | full | head (trunk frozen) | scratch (random weights, all trained).
 
-    model: str  # export directory of a pretrained model
+    The `model` is that of the package where a recipe names none.
+    """
+
     tasks: tuple[TaskConfig, ...]
     data: LabelledDataConfig
     training: TrainingConfig
+    model: str = field(default_factory=lambda: str(moiety.weights()))  # an exported model
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     method: str = "lora"
