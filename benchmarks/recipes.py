@@ -4,9 +4,8 @@
     python benchmarks/recipes.py freesolv [--seeds 0]     some of them
     python benchmarks/recipes.py --show                   the table of what is there by now; runs nothing
 
-Learning rates are not tuned: LoRA has the recipe's, scratch has 1e-3, the best of three of the six pilots of
-transfer.py (amino acids: 4e-3).
-What is finished, or stands in benchmarks/results/recipes.json for the same base, is not run again. Writes that file
+LoRA has the recipe's learning rate, the best of transfer.py's pilots where the task has some; scratch has 1e-3, the
+best of three of its seven pilots (amino acids and secondary structure: 4e-3). What is finished, or stands in benchmarks/results/recipes.json for the same base, is not run again. Writes that file
 and the table of docs/recipes.md.
 """
 

@@ -20,7 +20,7 @@ built=$SECONDS
 export OMP_NUM_THREADS=1 # one core a rank
 step deepspeed --num_accelerators 2 pretrain/train.py --config pretrain/configs/quickstart.yaml --out "$RUN"
 dipole=(deepspeed --num_accelerators 2 finetune/lora.py --config finetune/configs/qm9_dipole.yaml)
-step "${dipole[@]}" model="$RUN/export" --out "$RUN/dipole"
+step "${dipole[@]}" model="$RUN/export" lr=5e-3 --out "$RUN/dipole"
 step "${dipole[@]}" model="$RUN/export" method=scratch lr=2e-3 --out "$RUN/dipole_scratch" # its best on validation
 export OMP_NUM_THREADS=2
 step moiety predict docs/examples/ethanol.xyz --model "$RUN/export" --adapter "$RUN/dipole/adapter"

@@ -140,4 +140,5 @@ def cell(by_seed: Mapping[Any, float], scratch: Mapping[Any, float]) -> str:
     spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 and np.ptp(values) > 1e-9 * max(values) else ""
     both = sorted(by_seed.keys() & scratch.keys())
     ratio = np.mean([by_seed[seed] for seed in both]) / np.mean([scratch[seed] for seed in both]) if both else 1.0
-    return f"{np.mean(values):.4g}{spread}" + (f" ({ratio - 1:+.0%})" if both and by_seed is not scratch else "")
+    change = f"{ratio - 1:+.0%}" if ratio < 10 else f"{ratio:,.0f} times"
+    return f"{np.mean(values):.4g}{spread}" + (f" ({change})" if both and by_seed is not scratch else "")
