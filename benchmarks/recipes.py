@@ -5,8 +5,8 @@
     python benchmarks/recipes.py --show                   the table of what is there by now; runs nothing
 
 LoRA has the recipe's learning rate, the best of transfer.py's pilots where the task has some; scratch has 1e-3, the
-best of three of its seven pilots (amino acids and secondary structure: 4e-3). What is finished, or stands in benchmarks/results/recipes.json for the same base, is not run again. Writes that file
-and the table of docs/recipes.md.
+best of three of its seven pilots (amino acids and secondary structure: 4e-3). What is finished, or stands in
+benchmarks/results/recipes.json for the same base, is not run again. Writes that file and the table of docs/recipes.md.
 """
 
 from __future__ import annotations
