@@ -16,7 +16,7 @@ class SummedLinear(Linear):
     A trunk has more rows (nodes times components) than channels, so the sum of two small matrices costs nothing, while
     every pass over the rows does. The layer of peft acts where the sum would round small updates away (half precision),
     where ZeRO-3 has the weights in parts, and where there is more to do than plain LoRA (several active adapters, DoRA,
-    dropout).
+    dropout, biases).
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -31,7 +31,7 @@ class SummedLinear(Linear):
     def _is_plain(self, name: str, x: Tensor) -> bool:
         weights = self.base_layer.weight, self.lora_A[name].weight
         return (
-            not (self.disable_adapters or self.merged or name in self.lora_variant)
+            not (self.disable_adapters or self.merged or name in self.lora_variant or self.lora_bias[name])
             and isinstance(self.lora_dropout[name], nn.Identity)
             and all(w.dtype in (torch.float32, torch.float64) and not hasattr(w, "ds_id") for w in weights)
             and not torch.is_autocast_enabled(x.device.type)
