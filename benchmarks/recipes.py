@@ -52,15 +52,9 @@ class Run:
     def name(self) -> str:
         return f"{self.recipe}-{self.arm}-{self.seed}"
 
-    def words(self, model: Path) -> list[str]:
+    def words(self) -> list[str]:
         """Arguments of finetune/lora.py."""
-        words = [
-            "--config",
-            str(CONFIGS / f"{self.recipe}.yaml"),
-            f"model={model}",
-            f"method={self.arm}",
-            *ARMS[self.arm],
-        ]
+        words = ["--config", str(CONFIGS / f"{self.recipe}.yaml"), f"method={self.arm}", *ARMS[self.arm]]
         words += [f"training.seed={self.seed}", f"data.seed={self.seed}"]
         return [*words, *(QM9 if "corpora/tiny/qm9" in (CONFIGS / f"{self.recipe}.yaml").read_text() else ())]
 
@@ -107,7 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def finetune(run: Run, out: Path) -> None:
-    runs.call(run.name, "finetune/lora.py", *run.words(moiety.weights()), "--out", out / run.name)
+    runs.call(run.name, "finetune/lora.py", *run.words(), "--out", out / run.name)
 
 
 def metrics_of(run: Run, out: Path) -> Path:

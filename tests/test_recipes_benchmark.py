@@ -31,7 +31,7 @@ def test_every_recipe_is_run_on_what_pretraining_has_not_seen(recipes: Any):
     page = recipes.PAGE.read_text()
     for recipe in recipes.RECIPES:
         assert f"`{recipe}`" in page, "the page says what it is tested on"
-        lora, scratch = (recipes.Run(recipe, arm, 1).words(Path("base")) for arm in recipes.ARMS)
+        lora, scratch = (recipes.Run(recipe, arm, 1).words() for arm in recipes.ARMS)
         one, other = (load_config(FinetuneConfig, words[1], words[2:]) for words in (lora, scratch))
         assert (one.data, one.training, one.tasks) == (other.data, other.training, other.tasks)
         assert one.method == "lora" and other.method == "scratch" and one.data.corpus.startswith("corpora/full/")
