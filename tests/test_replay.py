@@ -48,7 +48,7 @@ def test_replayed_structures_have_no_labels_and_labelled_ones_no_noise():
     config = ReplayConfig((SourceConfig("any"),), weight=0.2, objectives={"coordinates": {"weight": 3}})
     coordinates, features = replayed(config, [learned])
     assert coordinates.name == "replayed coordinates" and coordinates.weight == pytest.approx(0.6)
-    assert features.name == "replayed features" and features.weight == pytest.approx(2)
+    assert features.name == "replayed features" and features.weight == pytest.approx(20)
     for structures, is_replayed in ((labelled, False), (bare, True)):
         batch = collate(structures, labels=learned.labels)
         seen = coordinates.corrupt(batch, torch.Generator().manual_seed(0))

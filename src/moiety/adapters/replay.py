@@ -42,7 +42,7 @@ class ReplayConfig:
     sources: tuple[SourceConfig, ...]
     share: float = 0.5  # of the micro-batches
     weight: float = 1.0  # of the losses of pretraining, beside those of the tasks
-    features: float = 10.0  # of the change of the base's features, beside those
+    features: float = 100.0  # of the change of the base's features, beside those
     objectives: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(PRETRAINING))
 
     def __post_init__(self) -> None:
