@@ -22,6 +22,7 @@ from ase.optimize import BFGS
 from peers.progress import tracked
 
 import moiety
+from moiety.errors import InputError
 from moiety.inference import MoietyCalculator
 
 CHUNK = 100  # steps between two updates of the bar
@@ -35,8 +36,18 @@ def main() -> int:
     parser.add_argument("--ps", type=float, default=5.0)
     parser.add_argument("--step", type=float, default=0.5, help="fs")
     args = parser.parse_args()
+    try:
+        calculator = MoietyCalculator(args.model, args.adapter)
+    except InputError as error:
+        print(f"nve.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({"molecule": args.molecule, "ps": args.ps, **measured(args, calculator)}))
+    return 0
+
+
+def measured(args: argparse.Namespace, calculator: MoietyCalculator) -> dict[str, float]:
     atoms = molecule(args.molecule)
-    atoms.calc = MoietyCalculator(args.model, args.adapter)
+    atoms.calc = calculator
     BFGS(atoms, logfile=None).run(fmax=0.02, steps=200)
     thermalize_momenta(atoms, temperature_K=600, rng=np.random.default_rng(0))  # half goes to the potential
     Stationary(atoms)
@@ -55,21 +66,12 @@ def main() -> int:
     for _ in tracked(range(steps // CHUNK), "NVE", steps // CHUNK):
         dynamics.run(CHUNK)
     slope, middle = np.polyfit(times, totals, 1)
-    print(
-        json.dumps(
-            {
-                "molecule": args.molecule,
-                "ps": args.ps,
-                "drift_meV_per_atom_per_ps": round(float(slope), 4),
-                "fluctuation_meV_per_atom": round(
-                    float(np.std(np.array(totals) - middle - slope * np.array(times))), 4
-                ),
-                "mean_temperature_K": round(float(np.mean(kinetic)), 1),
-                "ms_per_step": round(1000 * (time.perf_counter() - started) / steps, 2),
-            }
-        )
-    )
-    return 0
+    return {
+        "drift_meV_per_atom_per_ps": round(float(slope), 4),
+        "fluctuation_meV_per_atom": round(float(np.std(np.array(totals) - middle - slope * np.array(times))), 4),
+        "mean_temperature_K": round(float(np.mean(kinetic)), 1),
+        "ms_per_step": round(1000 * (time.perf_counter() - started) / steps, 2),
+    }
 
 
 if __name__ == "__main__":
