@@ -1,4 +1,4 @@
-"""The table of all recipes: every one is a configuration, and what is known is not run again."""
+"""The table of recipes: every one is a configuration, and what is known is not run again."""
 
 from __future__ import annotations
 
