@@ -81,7 +81,7 @@ recipes: $(INSTALLED)
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)
 	$(TEACHERS)
-	$(call built,qm9 ccd crystals proteins forces gfn1)
+	$(call built,qm9 ccd crystals proteins forces gfn1 r2scan)
 	$(BIN)/python benchmarks/pretraining.py
 
 # What comes with the package, made again: pretraining by denoising (2.4 hours on a core), then with labels of teachers beside

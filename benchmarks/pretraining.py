@@ -1,8 +1,9 @@
 """Which pretraining pays: objectives at equal FLOPs, and several domains against one at equal exposure.
 
-    make pretraining-choices                                   both parts: hours on two cores
+    make pretraining-choices                                   all parts: hours on two cores
     python benchmarks/pretraining.py objectives [--tasks dipole,forces] [--seeds 0,1,2] [--arms "coordinates"]
-    python benchmarks/pretraining.py domains
+    python benchmarks/pretraining.py domains                   denoising alone, the first part of the released recipe
+    python benchmarks/pretraining.py labelled_domains          with labels of teachers beside, its last part
     python benchmarks/pretraining.py --show                    what is there by now; runs nothing
 
 Every arm is a `pretrain/train.py` of the released denoising recipe with other objectives or sources, on one core, and
@@ -46,21 +47,33 @@ TRANSFER = ROOT / "benchmarks/results/transfer.json"
 LABELS = 1000
 TYPES = {"types": {"weight": 0.2}}
 SIGMA = {"sigma_min": 0.02, "sigma_max": 0.25}
-MIXTURE = {"qm9": 6.0, "ccd": 3.0, "crystals": 1.5, "proteins": 2.0}  # of the released recipe
+FIRST, LAST = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("released_denoising", "released"))
+DOMAINS = {"molecules": ("qm9", "ccd", "gfn1"), "crystals": ("crystals", "r2scan"), "proteins": ("proteins",)}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One pretraining; None leaves what the released recipe has."""
+    """One pretraining."""
 
-    objectives: Mapping[str, Mapping[str, float]] | None
+    objectives: Mapping[str, Mapping[str, float]]
     sources: Mapping[str, float]
     steps: float = 1.0  # share of the part's
     supervised: Mapping[str, float] = field(default_factory=dict)  # sources of the labels of released.yaml's tasks
 
 
-def of_domain(*corpora: str) -> Arm:
-    return Arm(None, {c: MIXTURE[c] for c in corpora}, sum(MIXTURE[c] for c in corpora) / sum(MIXTURE.values()))
+def of_domains(recipe: Mapping[str, Any]) -> dict[str, Arm]:
+    """The mixture of a part of the released recipe, and each of its domains for as long as the mixture spent on it."""
+    sources = {Path(source["path"]).name: source for source in recipe["data"]["sources"]}
+
+    def arm(*corpora: str) -> Arm:
+        labels = {
+            name: source["weight"] for name, source in sources.items() if name in corpora and "supervised" in source
+        }
+        others = {name: source["weight"] for name, source in sources.items() if name in corpora and name not in labels}
+        share = sum([*others.values(), *labels.values()]) / sum(source["weight"] for source in sources.values())
+        return Arm(recipe["objectives"], others, share, labels)
+
+    return {"all": arm(*sum(DOMAINS.values(), ()))} | {name: arm(*corpora) for name, corpora in DOMAINS.items()}
 
 
 WITH_FORCES = {"qm9": 3.0, "forces": 1.0}
@@ -73,15 +86,12 @@ PARTS: dict[str, dict[str, Arm]] = {
         "DeNS + types": Arm({"dens": SIGMA, **TYPES}, WITH_FORCES),
         "coordinates + types + labels": Arm({"coordinates": SIGMA, **TYPES}, {"qm9": 2.0}, supervised={"gfn1": 2.0}),
     },
-    "domains": {
-        "all": Arm(None, MIXTURE),
-        "molecules": of_domain("qm9", "ccd"),
-        "crystals": of_domain("crystals"),
-        "proteins": of_domain("proteins"),
-    },
+    "domains": of_domains(FIRST),
+    "labelled_domains": of_domains(LAST),
 }
-STEPS = {"objectives": 3000, "domains": 6000}
-TASKS = {"objectives": ["dipole", "forces"], "domains": ["dipole", "crystals", "residues"]}
+STEPS = {"objectives": 3000, "domains": 6000, "labelled_domains": 6000}
+ONE_OF_EACH = ["dipole", "crystals", "residues"]
+TASKS = {"objectives": ["dipole", "forces"], "domains": ONE_OF_EACH, "labelled_domains": ONE_OF_EACH}
 AT_HOME = {"dipole": "molecules", "crystals": "crystals", "residues": "proteins", "secondary": "proteins"}
 Errors = dict[str, dict[str, dict[str, float]]]  # arm -> task -> seed -> test error
 
@@ -153,8 +163,7 @@ def words(arm: Arm, steps: int) -> list[str]:
         for name, weight in arm.supervised.items()
     ]
     given = ["--config", str(CONFIGS / "released_denoising.yaml"), f"data.sources={json.dumps(sources)}"]
-    if arm.objectives is not None:
-        given.append(f"objectives={json.dumps(arm.objectives)}")
+    given.append(f"objectives={json.dumps(arm.objectives)}")
     if arm.supervised:
         given.append(f"tasks={json.dumps(tasks_of(arm.supervised))}")
     return [*given, f"steps={round(steps * arm.steps)}"]
@@ -163,8 +172,7 @@ def words(arm: Arm, steps: int) -> list[str]:
 def tasks_of(corpora: Iterable[str]) -> list[dict[str, Any]]:
     """Those of the released recipe that the corpora have labels for."""
     labels = {label for name in corpora for label in load_recipe(name).units}
-    tasks = yaml.safe_load((CONFIGS / "released.yaml").read_text())["tasks"]
-    return [task for task in tasks if task["label"] in labels]
+    return [task for task in LAST["tasks"] if task["label"] in labels]
 
 
 def transfer() -> Ledger:
@@ -206,14 +214,16 @@ def sheet(part: str, errors: Errors) -> Sheet:
         [name, *(runs.cell(by_task.get(task, {}), scratch.get(task, {})) for task in tasks)]
         for name, by_task in errors.items()
     ]
-    if part == "domains":
+    if part != "objectives":
         rows.append(["kept by all of the gain of one", *(kept(errors, task) for task in tasks)])
-    title = f"{part.capitalize()}: test error after LoRA from {LABELS:,} labels (change against scratch)"
+    title = (
+        f"{part.replace('_', ' ').capitalize()}: test error after LoRA from {LABELS:,} labels (change against scratch)"
+    )
     return Sheet(title, ["pretraining", *(f"{task}, {FINE_TUNINGS[task].measure}" for task in tasks)], rows)
 
 
 def kept(errors: Errors, task: str) -> str:
-    """(scratch - all) / (scratch - single)."""
+    """(scratch - all) / (scratch - single), where that is a gain."""
     means: dict[str, Any] = {
         name: np.mean(list(by_task[task].values())) for name, by_task in errors.items() if by_task.get(task)
     }
@@ -221,7 +231,7 @@ def kept(errors: Errors, task: str) -> str:
         gain, single = (means["from scratch"] - means[name] for name in ("all", AT_HOME[task]))
     except KeyError:
         return "–"
-    return f"{gain / single:.0%}"
+    return f"{gain / single:.0%}" if single > 0 else "one gains nothing"
 
 
 if __name__ == "__main__":

@@ -43,11 +43,21 @@ def test_arms_are_configurations_at_equal_cost_or_equal_exposure(pretraining: An
         assert config.training.steps == (900 if "self_conditioned" in objectives else 1200), name
         others = [Path(s.path).name for s in config.data.sources][1:]
         assert others == (["gfn1"] if config.tasks else ["forces"])
-    configs = {name: config_of(pretraining, arm, 1250) for name, arm in pretraining.PARTS["domains"].items()}
-    released = load_config(PretrainConfig, BENCHMARKS.parent / "pretrain/configs/released_denoising.yaml")
-    assert configs["all"].data == released.data and configs["all"].objectives == released.objectives
-    alone = [config.training.steps for name, config in configs.items() if name != "all"]
-    assert sum(alone) == configs["all"].training.steps == 1250 and alone == [900, 150, 200]
+
+
+@pytest.mark.parametrize(
+    ("part", "recipe", "steps"),
+    [("domains", "released_denoising", [900, 150, 200]), ("labelled_domains", "released", [600, 400, 1300])],
+)
+def test_a_domain_alone_has_what_the_mixture_spent_on_it(pretraining: Any, part: str, recipe: str, steps: list[int]):
+    configs = {name: config_of(pretraining, arm, sum(steps)) for name, arm in pretraining.PARTS[part].items()}
+    released = load_config(PretrainConfig, BENCHMARKS.parent / f"pretrain/configs/{recipe}.yaml")
+    assert configs["all"].objectives == released.objectives and configs["all"].tasks == released.tasks
+    assert {(s.path, s.weight, s.supervised) for s in configs["all"].data.sources} == {
+        (s.path, s.weight, s.supervised) for s in released.data.sources
+    }
+    assert configs["all"].training.steps == sum(steps)
+    assert [config.training.steps for name, config in configs.items() if name != "all"] == steps
 
 
 def test_the_table_says_what_the_mixture_keeps(
