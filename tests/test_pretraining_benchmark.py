@@ -36,7 +36,7 @@ def config_of(pretraining: Any, arm: Any, steps: int) -> PretrainConfig:
     return load_config(PretrainConfig, path, overrides)
 
 
-def test_arms_are_configurations_at_equal_cost_or_equal_exposure(pretraining: Any) -> None:
+def test_objectives_are_configurations_at_equal_cost(pretraining: Any) -> None:
     for name, arm in pretraining.PARTS["objectives"].items():
         config = config_of(pretraining, arm, 1200)
         objectives = [objective.name for objective in build_objectives(config.objectives)]
