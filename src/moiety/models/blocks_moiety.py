@@ -118,9 +118,13 @@ class LocalAttention(nn.Module):
         # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ.
         # Dropout of an adapter on it so drops radial functions of all edges at once.
         identity = torch.eye(self.filter.in_features, dtype=radial.dtype, device=radial.device)
-        filter_RF = torch.cat([self.filter(identity), self.frames])[: radial.shape[-1]]  # frames: where there are any
+        filter_RF = self.filter(identity)
+        tables = [radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1)]
+        if neighbors.frames is not None:
+            tables.append(neighbors.framed_table(neighbors.frames @ self.frames))
+        else:  # they have a gradient all the same, zero: on all ranks alike
+            filter_RF = torch.cat([filter_RF, self.frames])[: radial.shape[-1]]
         on_edges = partial(self._on_edges, content_ND, filter_RF)
-        tables = (radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1))
         if layout.pattern is None:  # a compiler wants one graph for all batches, whatever their number of parts
             built_NMD, weight_HNK = on_edges(*tables)
         else:
@@ -141,9 +145,12 @@ class LocalAttention(nn.Module):
         directions: Tensor,
         source: Tensor,
         angle: Tensor,
+        framed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What is built [n,M,D], and the weights of the edges [H,n,K], of n rows of the tables."""
         edge_nKF = (radial @ filter_RF).baddbmm_(harmonics, angle, alpha=1 / (self.lmax + 1))
+        if framed is not None:
+            edge_nKF = edge_nKF.add_(framed)
         filter_nKD, weight_nKH = edge_nKF.split([self.width, edge_nKF.shape[-1] - self.width], dim=-1)
         content_nKD = content_ND.index_select(0, source.flatten()).view_as(filter_nKD)
         return torch.bmm(directions, filter_nKD * content_nKD), weight_nKH.permute(2, 0, 1).contiguous()

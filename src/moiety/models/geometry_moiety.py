@@ -187,9 +187,11 @@ class Neighbors:
     """
 
     layout: Layout
-    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(TYPICAL_DEGREE); 17 R with frames
+    radial: Tensor  # [N, K, R] radial functions times the envelope over sqrt(TYPICAL_DEGREE)
     harmonics: Tensor  # [N, K, M] times the same
     directions: Tensor  # [N, M, K] harmonics alone
+    frames: Tensor | None  # [F, 16 R] times the same: of the edges in `layout.framed`, which are few of the places
+    framed_place: Tensor | None  # [F] where those stand in a table [N*K]
 
     @classmethod
     def build(
@@ -204,15 +206,22 @@ class Neighbors:
         """
         harmonics_EM = spherical_harmonics(vector_E3 / vector_E3.norm(dim=-1, keepdim=True), lmax)
         fade_E1 = envelope(x_E)[:, None] / math.sqrt(TYPICAL_DEGREE)
-        radial_E = radial_basis(x_E, num_radial)
-        if frames is not None and layout.framed is not None:
-            others_E = frames.new_zeros(x_E.shape[0], frames.shape[-1])
-            radial_E = torch.cat([radial_E, others_E.index_copy(0, layout.framed, frames)], dim=-1)
-        features_E = torch.cat([radial_E * fade_E1, harmonics_EM * fade_E1, harmonics_EM], dim=-1)
+        features_E = torch.cat([radial_basis(x_E, num_radial) * fade_E1, harmonics_EM * fade_E1, harmonics_EM], dim=-1)
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
-        radial, harmonics, directions = table.split([radial_E.shape[-1], *[(lmax + 1) ** 2] * 2], dim=-1)
-        return cls(layout, radial.contiguous(), harmonics.contiguous(), directions.transpose(1, 2).contiguous())
+        radial, harmonics, directions = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
+        framed_place = None
+        if frames is not None and layout.framed is not None:
+            frames, framed_place = frames * fade_E1[layout.framed], layout.place[layout.framed]
+        tables = (radial.contiguous(), harmonics.contiguous(), directions.transpose(1, 2).contiguous())
+        return cls(layout, *tables, frames, framed_place)
+
+    def framed_table(self, values_FX: Tensor) -> Tensor:
+        """[N, K, X] values of the edges between two residues, and zero elsewhere."""
+        assert self.framed_place is not None
+        source = self.layout.source
+        table = values_FX.new_zeros(source.numel(), values_FX.shape[-1])
+        return table.index_copy(0, self.framed_place, values_FX).view(*source.shape, -1)
 
     def transport(self, weight_HNK: Tensor, value_HNF: Tensor) -> Tensor:
         """sum_j weight_ij value_j for each of the H weights of an edge: [H, N, F]."""
