@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from moiety.adapters.tasks import Task, TaskConfig
 from moiety.data.convert import to_ase
 from moiety.data.own import assign_splits, read_own
 from moiety.data.shards import Corpus
+from moiety.data.splits import SPLITS
 from moiety.data.structure import Structure
 from moiety.errors import InputError
 
@@ -106,13 +108,22 @@ def test_energies_take_their_forces_along_whatever_their_names(tmp_path: Path):
         assert all(s.energy is not None and s.forces is not None for s in own.structures)
 
 
+def test_frames_of_a_trajectory_are_split_in_stretches():
+    water = molecule("H2O")
+    frames = [Structure(water.numbers, water.positions + 0.01 * n, id=str(n)) for n in range(200)]
+    assert assign_splits(frames) == "stretches of frames in a row"
+    splits = [frame.groups["split"] for frame in frames]
+    assert {name: splits.count(name) for name in SPLITS} == {"train": 160, "val": 20, "test": 20}
+    assert sum(here != there for here, there in pairwise(splits)) <= 8, "few frames have a neighbour in another split"
+
+
 def test_crystals_are_split_by_prototype_and_scored_per_atom(tmp_path: Path):
     kinds = ("fcc", "bcc", "sc", "hcp", "diamond")
     structures = [
         Structure(a.numbers, a.positions, cell=np.array(a.cell), pbc=a.pbc, energy=-3.0 - 0.1 * n, id=str(n))
         for n, a in enumerate(bulk("Cu", kind, a=3.6 + 0.1 * step) for step in range(8) for kind in kinds)
     ]
-    assert assign_splits(structures) == "structure, at random", "five prototypes are too few to hold some out"
+    assert assign_splits(structures) == "stretches of frames in a row", "five prototypes are too few to hold some out"
     write(tmp_path / "c.extxyz", [to_ase(s) for s in structures])
     (task,) = choose_tasks(read_own(tmp_path / "c.extxyz"), "energy", "", "", "c")
     assert task.unit == "eV/atom"

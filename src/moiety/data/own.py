@@ -34,6 +34,7 @@ SMILES = re.compile(r"(canonical_?|isomeric_?)?smi(les)?$", re.IGNORECASE)
 UNIT = re.compile(r"^(?P<name>.*?)\s*[\[(](?P<unit>[^\[\]()]+)[\])]$")  # gap [eV], solubility (mol/L)
 HELD_OUT = 0.1  # share of the structures in val, and in test
 FORMULAS = 20  # at least so many, each with several structures: geometries of one molecule stay together
+STRETCHES = 20  # where formulas are fewer, as in a trajectory: a frame is nearly known from the ones beside it
 
 
 @dataclass
@@ -176,9 +177,9 @@ def _numbers(row: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, flo
 def assign_splits(structures: Sequence[Structure]) -> str:
     """Gives every structure a split, about 80 % train, 10 % val, 10 % test, and says by what.
 
-    Molecules go by scaffold, crystals by prototype, chains by sequence cluster, other structures by formula where
-    many have several geometries; else each for itself. Groups are taken in an order that depends on their names alone,
-    those that would overfill val or test go to train.
+    Molecules go by scaffold, crystals by prototype, chains by sequence cluster. Other structures that have several
+    geometries each go by formula, or where formulas are few in stretches of frames in a row; else each goes for itself.
+    Groups are taken in an order that depends on their names alone, those that would overfill val or test go to train.
     """
     groups, split_by = _groups(structures)
     sizes = Counter(groups)
@@ -219,9 +220,12 @@ def _groups(structures: Sequence[Structure]) -> tuple[list[str], str]:
             str(label) for label in cluster([one_letter(s.node_type[s.is_residue]) for s in structures])
         ], "sequence"
     formulas = [str(np.unique(s.node_type, return_counts=True)) for s in structures]
-    if FORMULAS <= len(set(formulas)) <= len(structures) / 2:
+    if len(set(formulas)) > len(structures) / 2:
+        return ids, "structure, at random"
+    if len(set(formulas)) >= FORMULAS:
         return formulas, "formula"
-    return ids, "structure, at random"
+    stretch = [number * STRETCHES // len(structures) for number in range(len(structures))]
+    return [f"{number}" for number in stretch], "stretches of frames in a row"
 
 
 def labels_of(structures: Iterable[Structure]) -> Iterator[str]:
