@@ -84,7 +84,7 @@ def test_forces_written_out_are_those_of_the_model(lmax: int) -> None:
 def test_chains_are_another_graph() -> None:
     model = predictor(1)
     with torch.no_grad():
-        model.moiety.blocks[0].local_attention.frames.normal_()
+        model.moiety.blocks[0].local_attention.frames.weight.normal_()
     written = copy.deepcopy(model)
     stand_in = WrittenOut(written, compiler=as_it_is)
     written.forward = stand_in

@@ -37,6 +37,25 @@ class ScaledLinear(nn.Linear):
         self.gain = gain
 
 
+class ZeroLinear(nn.Linear):
+    """`nn.Linear` without bias that starts at zero: a base that has not learned what it reads leaves it so."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def matrix(linear: nn.Linear, like: Tensor) -> Tensor:
+    """[in, out] of a linear map, whatever an adapter adds to it.
+
+    Called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ.
+    Dropout of an adapter on it so drops inputs of all edges at once.
+    """
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device))
+
+
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
@@ -101,7 +120,7 @@ class LocalAttention(nn.Module):
         self.content = nn.Linear(channels, width)  # g
         self.steerable = DegreeLinear(channels, [width, on_edges], config.lmax, gain=0.5)  # V, P
         self.filter = ScaledLinear(config.num_radial, on_edges, bias=False, gain=0.5)
-        self.frames = nn.Parameter(torch.zeros(FRAME_DISTANCES * config.num_radial, on_edges))
+        self.frames = ZeroLinear(FRAME_DISTANCES * config.num_radial, on_edges)
         self.out = DegreeLinear(2 * width, [channels], config.lmax, gain=0.25)
 
     def forward(self, x_MNC: Tensor, neighbors: Neighbors) -> Tensor:
@@ -115,15 +134,12 @@ class LocalAttention(nn.Module):
     def _aggregate(self, content_ND: Tensor, value_MND: Tensor, angle_MNF: Tensor, neighbors: Neighbors) -> Tensor:
         """[M, N, 2D]: what is built, and what is moved."""
         layout, radial = neighbors.layout, neighbors.radial
-        # called once: ZeRO-3 gathers weights whenever a module is called, on all ranks, whose numbers of edges differ.
-        # Dropout of an adapter on it so drops radial functions of all edges at once.
-        identity = torch.eye(self.filter.in_features, dtype=radial.dtype, device=radial.device)
-        filter_RF = self.filter(identity)
+        filter_RF, frames_RF = matrix(self.filter, radial), matrix(self.frames, radial)
         tables = [radial, neighbors.harmonics, neighbors.directions, layout.source, angle_MNF.transpose(0, 1)]
         if neighbors.frames is not None:
-            tables.append(neighbors.framed_table(neighbors.frames @ self.frames))
+            tables.append(neighbors.framed_table(neighbors.frames @ frames_RF))
         else:  # they have a gradient all the same, zero: on all ranks alike
-            filter_RF = torch.cat([filter_RF, self.frames])[: radial.shape[-1]]
+            filter_RF = torch.cat([filter_RF, frames_RF])[: radial.shape[-1]]
         on_edges = partial(self._on_edges, content_ND, filter_RF)
         if layout.pattern is None:  # a compiler wants one graph for all batches, whatever their number of parts
             built_NMD, weight_HNK = on_edges(*tables)

@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 from .blocks_moiety import (
     Block,
     GlobalAttention,
-    LocalAttention,
     ScaledLinear,
     StructurePlaces,
+    ZeroLinear,
     full_precision,
     merged_norm,
 )
@@ -72,20 +72,20 @@ class MoietyPreTrainedModel(PreTrainedModel):
     main_input_name = "positions"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _keys_to_ignore_on_load_missing = [r"\.frames$"]  # exports from before there were any: zero changes nothing
+    _keys_to_ignore_on_load_missing = [r"\.frames\.weight$"]  # exports from before there were any: zero changes nothing
     _keys_to_ignore_on_load_unexpected = [r"^(noise_head|type_head|strain_head|heads)\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
             gain = module.gain if isinstance(module, ScaledLinear) else 1.0
             init.normal_(module.weight, std=gain / math.sqrt(module.in_features))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
-        elif isinstance(module, LocalAttention):
-            init.zeros_(module.frames)
         elif isinstance(module, GlobalAttention):
             init.zeros_(module.reach)
 
