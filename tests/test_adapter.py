@@ -133,6 +133,16 @@ def test_dora_refuses_a_trunk_that_was_never_trained() -> None:
         add_adapter(MoietyForPrediction(MoietyConfig(**SMALL, tasks=TASKS)), AdapterSettings(), "dora")
 
 
+def test_dora_spares_the_frames_of_a_base_that_saw_no_chain(export: Path) -> None:
+    base = load_base(export, TASKS)
+    with torch.no_grad():
+        base.moiety.blocks[0].local_attention.frames.weight.zero_()
+    adapted = add_adapter(base, AdapterSettings(), "dora")
+    layers = {name for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    found = {name.removeprefix("base_model.model.") for name in layers}
+    assert set(trunk_linears(base)) - found == {"moiety.blocks.0.local_attention.frames"}
+
+
 def test_an_adapter_refuses_another_base(export: Path, tmp_path: Path) -> None:
     save_adapter(add_adapter(load_base(export, TASKS), AdapterSettings()), tmp_path / "adapter", export, TASKS)
     torch.manual_seed(9)
