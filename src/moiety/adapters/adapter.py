@@ -99,12 +99,11 @@ def add_adapter(model: MoietyForPrediction, settings: AdapterSettings, kind: str
             f"adapter.targets {settings.targets!r}: no linear map of the trunk has such a name; those of a block are "
             f"{', '.join(name for name in trunk_linears(model) if name.startswith('moiety.blocks.0.'))}"
         )
-    if kind == "dora":  # a base that saw no chain knows nothing of frames
-        targets = [name for name in targets if not (name.endswith(".frames") and _has_zero_rows(model, name))]
-    if kind == "dora" and (still := [name for name in targets if _has_zero_rows(model, name)]):
+    zero = [name for name in targets if kind == "dora" and _has_zero_rows(model, name)]
+    if still := [name for name in zero if not name.endswith(".frames")]:
         raise InputError(f"method=dora: weights of {still[0]} are zero, the trunk was never trained; use lora")
     where: dict[str, Any] = {
-        "target_modules": targets,
+        "target_modules": [name for name in targets if name not in zero],  # frames, of a base that saw no chain
         "exclude_modules": r"heads\..*",  # peft shortens the names above, as far as this model's own heads allow
         "modules_to_save": head_modules(model),
     }

@@ -38,7 +38,10 @@ class ScaledLinear(nn.Linear):
 
 
 class ZeroLinear(nn.Linear):
-    """`nn.Linear` without bias that starts at zero: a base that has not learned what it reads leaves it so."""
+    """`nn.Linear` without bias that starts at zero, which takes no random numbers from the maps that follow.
+
+    A base that has not learned what it reads leaves it so.
+    """
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)

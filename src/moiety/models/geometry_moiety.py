@@ -191,7 +191,6 @@ class Neighbors:
     harmonics: Tensor  # [N, K, M] times the same
     directions: Tensor  # [N, M, K] harmonics alone
     frames: Tensor | None  # [F, 16 R] times the same: of the edges in `layout.framed`, which are few of the places
-    framed_place: Tensor | None  # [F] where those stand in a table [N*K]
 
     @classmethod
     def build(
@@ -210,18 +209,16 @@ class Neighbors:
         table = features_E.new_zeros(layout.source.numel(), features_E.shape[-1])
         table = table.index_copy(0, layout.place, features_E).view(*layout.source.shape, -1)
         radial, harmonics, directions = table.split([num_radial, *[(lmax + 1) ** 2] * 2], dim=-1)
-        framed_place = None
-        if frames is not None and layout.framed is not None:
-            frames, framed_place = frames * fade_E1[layout.framed], layout.place[layout.framed]
+        if frames is not None:
+            frames = frames * fade_E1[layout.framed]
         tables = (radial.contiguous(), harmonics.contiguous(), directions.transpose(1, 2).contiguous())
-        return cls(layout, *tables, frames, framed_place)
+        return cls(layout, *tables, frames)
 
     def framed_table(self, values_FX: Tensor) -> Tensor:
         """[N, K, X] values of the edges between two residues, and zero elsewhere."""
-        assert self.framed_place is not None
-        source = self.layout.source
+        source, place = self.layout.source, self.layout.place[self.layout.framed]
         table = values_FX.new_zeros(source.numel(), values_FX.shape[-1])
-        return table.index_copy(0, self.framed_place, values_FX).view(*source.shape, -1)
+        return table.index_copy(0, place, values_FX).view(*source.shape, -1)
 
     def transport(self, weight_HNK: Tensor, value_HNF: Tensor) -> Tensor:
         """sum_j weight_ij value_j for each of the H weights of an edge: [H, N, F]."""

@@ -49,7 +49,7 @@ def training_flops(model: nn.Module, nodes: float, edges: float) -> float:
                 seen.add(linear)
         elif isinstance(module, LocalAttention):
             flops += _linear_flops(module.filter, edges)
-            seen |= {module.filter, module.frames}  # the latter for edges between residues alone
+            seen |= {module.filter, module.frames}  # frames are not counted: some edges have them
             per_channel = 2 * edges * (module.lmax + 1) ** 2
             flops += per_channel * (module.filter.out_features + 2 * module.width)  # angles; built and moved
     others = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in seen]
