@@ -7,9 +7,10 @@
     python benchmarks/pretraining.py --show                    what is there by now; runs nothing
 
 Every arm is a `pretrain/train.py` of the released denoising recipe with other objectives or sources, on one core, and
-then LoRA from 1,000 labels of each task as in transfer.py, at the learning rates of its pilots and beside its runs from
-scratch. What is finished, or stands in benchmarks/results/pretraining.json, is not run again. Objectives have the same
-FLOPs: a step with a second forward pass counts as 4/3, so that arm has 3/4 of the steps. Domains have the same
+then LoRA from 1,000 labels of each task as in transfer.py, beside its runs from scratch. An arm has, task by task, the
+one of two learning rates that is better on validation (seed 0): a head that starts as the base's own wants a lower one
+than a new head. What is finished, or stands in benchmarks/results/pretraining.json, is not run again. Objectives have
+the same FLOPs: a step with a second forward pass counts as 4/3, so that arm has 3/4 of the steps. Domains have the same
 exposure: a single one has as many steps as the mixture spent on it, on a schedule of its own. Writes that file and the
 tables of docs/pretraining.md.
 """
@@ -39,12 +40,15 @@ from moiety.adapters.adapter import base_fingerprint
 from moiety.adapters.finetune import METHODS
 from moiety.data.build import load_recipe
 from moiety.errors import InputError
+from moiety.training.files import write_json
 
 PAGE = ROOT / "docs/pretraining.md"
 RESULTS = ROOT / "benchmarks/results/pretraining.json"
 CONFIGS = ROOT / "pretrain/configs"
 TRANSFER = ROOT / "benchmarks/results/transfer.json"
 LABELS = 1000
+LORA = METHODS["lora"]
+RATES = (1e-3, 5e-3)  # of LoRA
 TYPES = {"types": {"weight": 0.2}}
 SIGMA = {"sigma_min": 0.02, "sigma_max": 0.25}
 FIRST, LAST = (yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("released_denoising", "released"))
@@ -99,29 +103,26 @@ Errors = dict[str, dict[str, dict[str, float]]]  # arm -> task -> seed -> test e
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     around_marks(PAGE)
-    found: dict[str, Errors] = json.loads(RESULTS.read_text())["errors"] if RESULTS.exists() else {}
+    found = {part: adaptations(part, args) for part in PARTS}
     try:
-        for part in PARTS:
-            errors, tasks = found.setdefault(part, {}), args.tasks or TASKS[part]
-            exports = {name: args.out / part / folder(name) / "export" for name in PARTS[part]}
-            jobs = {name: waiting(part, name, tasks, args.seeds, errors.get(name, {})) for name in exports}
+        for part, arms in found.items():
+            for arm in arms.values():
+                arm.collect()
             if not args.show and part in args.parts:
-                require_rates(tasks)
-                chosen = [name for name in exports if jobs[name] and name in (args.arms or exports)]
-                pretrain(part, {name: exports[name] for name in chosen})
-                for name in chosen:
-                    runs.run(jobs[name], exports[name], exports[name].parent / "transfer")
-            for name, export in exports.items():
-                collect(jobs[name], export.parent / "transfer", errors.setdefault(name, {}))
+                chosen = {name: arm for name, arm in arms.items() if name in (args.arms or arms) and arm.waiting()}
+                pretrain(part, {name: arm.export for name, arm in chosen.items()})
+                adapt(list(chosen.values()))
     except InputError as error:
         print(f"pretraining.py: {error}", file=sys.stderr)
         return 2
-    sheets = [sheet(part, errors) for part, errors in found.items() if any(errors.values())]
+    errors = {part: {name: arm.errors for name, arm in arms.items()} for part, arms in found.items()}
+    sheets = [sheet(part, by_arm) for part, by_arm in errors.items() if any(by_arm.values())]
     for one in sheets:
         one.show(Console())
     if sheets:
         where = machine({})
-        RESULTS.write_text(json.dumps({"machine": where, "errors": found}, indent=1) + "\n")
+        parts = {part: {name: vars(arm.ledger) for name, arm in arms.items()} for part, arms in found.items()}
+        write_json(RESULTS, {"machine": where, "parts": parts})
         head = f"Measured on {where['date']}, commit {where['commit']}; mean and standard deviation over seeds."
         fill(PAGE, "\n\n".join([head, *(one.markdown() for one in sheets)]))
     return 0
@@ -175,33 +176,77 @@ def tasks_of(corpora: Iterable[str]) -> list[dict[str, Any]]:
     return [task for task in LAST["tasks"] if task["label"] in labels]
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """LoRA on what an arm has pretrained."""
+
+    ledger: Ledger
+    tasks: Sequence[str]
+    seeds: Sequence[int]
+    export: Path
+
+    @property
+    def runs(self) -> Path:
+        return self.export.parent / "transfer"
+
+    def waiting(self) -> list[Job]:
+        """What can be run next: learning rates that a task has not tried, then what it lacks at the better one."""
+        jobs = []
+        for task in self.tasks:
+            untried = [rate for rate in RATES if rate not in self.ledger.scores(task, "lora")]
+            best = self.ledger.rate(task, "lora")
+            jobs += [Job(task, "lora", LABELS, 0, rate) for rate in untried]
+            if not untried and best:
+                wanted = [Job(task, "lora", LABELS, seed, best) for seed in self.seeds]
+                jobs += [job for job in wanted if not self.ledger.has(job)]
+        return jobs
+
+    def collect(self) -> None:
+        """What is finished, into the ledger."""
+        while done := [job for job in self.waiting() if runs.finished(job, self.runs)]:
+            for job in done:
+                entry = runs.read(self.runs / job.name, job.task)
+                if job.rate in self.ledger.scores(job.task, "lora"):
+                    self.ledger.add(job, {"results": {LORA: entry["results"][LORA]}})
+                else:
+                    self.ledger.add_pilot(job, entry)
+
+    @property
+    def errors(self) -> dict[str, dict[str, float]]:
+        """Task -> seed -> test error."""
+        return {task: by_count[f"{LABELS}"][LORA] for task, by_count in self.ledger.errors.items()}
+
+
+def adapt(arms: Sequence[Adaptation]) -> None:
+    """Until nothing is waiting, one core a run."""
+
+    def one(work: tuple[Job, Adaptation]) -> None:
+        runs.finetune(work[0], work[1].export, work[1].runs)
+
+    while work := [(job, arm) for arm in arms for job in arm.waiting()]:
+        runs.side_by_side(one, work, "fine-tuning")
+        for arm in arms:
+            arm.collect()
+
+
+def adaptations(part: str, args: argparse.Namespace) -> dict[str, Adaptation]:
+    """Arm -> what is known of it by now; a single domain has its own tasks."""
+    known = json.loads(RESULTS.read_text())["parts"].get(part, {}) if RESULTS.exists() else {}
+    tasks = args.tasks or TASKS[part]
+    return {
+        name: Adaptation(
+            Ledger(**known.get(name, {"base": name})),
+            [task for task in tasks if part == "objectives" or name in ("all", AT_HOME[task])],
+            args.seeds,
+            args.out / part / folder(name) / "export",
+        )
+        for name in PARTS[part]
+    }
+
+
 def transfer() -> Ledger:
-    """What transfer.py measured: its learning rates, and the runs from scratch."""
+    """What transfer.py measured: the runs from scratch."""
     return Ledger.open(TRANSFER, base_fingerprint(moiety.weights()))
-
-
-def require_rates(tasks: Sequence[str]) -> None:
-    """InputError where transfer.py has none for a task."""
-    if missing := [task for task in tasks if not transfer().rate(task, "lora")]:
-        raise InputError(f"no learning rate of LoRA for {missing[0]}; run transfer.py --pilot --tasks {missing[0]}")
-
-
-def waiting(
-    part: str, arm: str, tasks: Sequence[str], seeds: Sequence[int], known: Mapping[str, Mapping[str, float]]
-) -> list[Job]:
-    """LoRA on an arm that is not known yet; a single domain has its own tasks."""
-    own = [task for task in tasks if part == "objectives" or arm in ("all", AT_HOME[task])]
-    rates = {task: rate for task in own if (rate := transfer().rate(task, "lora"))}
-    jobs = [Job(task, "lora", LABELS, seed, rate) for seed in seeds for task, rate in rates.items()]
-    return [job for job in jobs if f"{job.seed}" not in known.get(job.task, {})]
-
-
-def collect(jobs: Sequence[Job], where: Path, errors: dict[str, dict[str, float]]) -> None:
-    """What is finished, into the errors of an arm."""
-    for job in jobs:
-        if runs.finished(job, where):
-            error = runs.read(where / job.name, job.task)["results"][METHODS["lora"]]
-            errors.setdefault(job.task, {})[f"{job.seed}"] = error
 
 
 def sheet(part: str, errors: Errors) -> Sheet:
