@@ -210,6 +210,8 @@ class Adaptation:
                     self.ledger.add(job, {"results": {LORA: entry["results"][LORA]}})
                 else:
                     self.ledger.add_pilot(job, entry)
+                    if self.ledger.rate(job.task, "lora") == job.rate:
+                        self.ledger.errors.pop(job.task, None)  # those of a rate that is not the better one now
 
     @property
     def errors(self) -> dict[str, dict[str, float]]:

@@ -59,11 +59,10 @@ def test_a_domain_alone_has_what_the_mixture_spent_on_it(pretraining: Any, part:
     assert [config.training.steps for name, config in configs.items() if name != "all"] == steps
 
 
-def test_the_table_says_what_the_mixture_keeps(
-    pretraining: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def calls(pretraining: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The fine-tunings that were run; those at 5e-3 are good."""
     errors = {"all": 1.1, "molecules": 1.0, "crystals": 0.9, "proteins": 1.2}
-
     calls = []
 
     def finetune(job: Any, model: Path, out: Path) -> None:
@@ -76,6 +75,10 @@ def test_the_table_says_what_the_mixture_keeps(
 
     monkeypatch.setattr(pretraining, "pretrain", lambda *_: None)
     monkeypatch.setattr(pretraining.runs, "finetune", finetune)
+    return calls
+
+
+def test_the_table_says_what_the_mixture_keeps(pretraining: Any, calls: list[Any], tmp_path: Path) -> None:
     assert pretraining.main(["domains", "--out", str(tmp_path)]) == 0
     page = pretraining.PAGE.read_text()
     assert "| all | 1.1 (-45%) | 1.1 (-45%) | 1.1 (-45%) |" in page
@@ -85,6 +88,18 @@ def test_the_table_says_what_the_mixture_keeps(
     done = len(calls)
     assert done == (3 + 1 + 1 + 1) * (3 + 1), "three seeds at the better rate, one at the other"
     assert pretraining.main(["domains", "--out", str(tmp_path / "elsewhere")]) == 0 and len(calls) == done
+
+
+def test_what_was_measured_at_a_worse_rate_does_not_stay(
+    pretraining: Any, calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = pretraining.RATES
+    monkeypatch.setattr(pretraining, "RATES", rates[:1])
+    assert pretraining.main(["domains", "--tasks", "residues", "--out", str(tmp_path)]) == 0
+    assert "| proteins | 9 (" in pretraining.PAGE.read_text()
+    monkeypatch.setattr(pretraining, "RATES", rates)
+    assert pretraining.main(["domains", "--tasks", "residues", "--out", str(tmp_path)]) == 0
+    assert "| proteins | 1.2 (" in pretraining.PAGE.read_text()
 
 
 def test_a_part_that_is_not_there_is_refused(pretraining: Any):
