@@ -8,11 +8,11 @@
 
 Every arm is a `pretrain/train.py` of the released denoising recipe with other objectives or sources, on one core, and
 then LoRA from 1,000 labels of each task as in transfer.py, beside its runs from scratch. An arm has, task by task, the
-one of two learning rates that is better on validation (seed 0): a head that starts as the base's own wants a lower one
-than a new head. What is finished, or stands in benchmarks/results/pretraining.json, is not run again. Objectives have
-the same FLOPs: a step with a second forward pass counts as 4/3, so that arm has 3/4 of the steps. Domains have the same
-exposure: a single one has as many steps as the mixture spent on it, on a schedule of its own. Writes that file and the
-tables of docs/pretraining.md.
+one of two learning rates that is better on validation (seed 0): a head that starts as the base's own may want a lower
+one than a new head. What is finished, or stands in benchmarks/results/pretraining.json, is not run again. Objectives
+have the same FLOPs: a step with a second forward pass counts as 4/3, so that arm has 3/4 of the steps. Domains have the
+same exposure: a single one has as many steps as the mixture spent on it, on a schedule of its own. Writes that file and
+the tables of docs/pretraining.md.
 """
 
 from __future__ import annotations
