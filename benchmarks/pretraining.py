@@ -186,7 +186,8 @@ class Adaptation:
     export: Path
 
     @property
-    def runs(self) -> Path:
+    def where(self) -> Path:
+        """The folder of the runs."""
         return self.export.parent / "transfer"
 
     def waiting(self) -> list[Job]:
@@ -194,18 +195,17 @@ class Adaptation:
         jobs = []
         for task in self.tasks:
             untried = [rate for rate in RATES if rate not in self.ledger.scores(task, "lora")]
-            best = self.ledger.rate(task, "lora")
             jobs += [Job(task, "lora", LABELS, 0, rate) for rate in untried]
-            if not untried and best:
+            if not untried and (best := self.ledger.rate(task, "lora")):
                 wanted = [Job(task, "lora", LABELS, seed, best) for seed in self.seeds]
                 jobs += [job for job in wanted if not self.ledger.has(job)]
         return jobs
 
     def collect(self) -> None:
         """What is finished, into the ledger."""
-        while done := [job for job in self.waiting() if runs.finished(job, self.runs)]:
+        while done := [job for job in self.waiting() if runs.finished(job, self.where)]:
             for job in done:
-                entry = runs.read(self.runs / job.name, job.task)
+                entry = runs.read(self.where / job.name, job.task)
                 if job.rate in self.ledger.scores(job.task, "lora"):
                     self.ledger.add(job, {"results": {LORA: entry["results"][LORA]}})
                 else:
@@ -223,7 +223,7 @@ def adapt(arms: Sequence[Adaptation]) -> None:
     """Until nothing is waiting, one core a run."""
 
     def one(work: tuple[Job, Adaptation]) -> None:
-        runs.finetune(work[0], work[1].export, work[1].runs)
+        runs.finetune(work[0], work[1].export, work[1].where)
 
     while work := [(job, arm) for arm in arms for job in arm.waiting()]:
         runs.side_by_side(one, work, "fine-tuning")
