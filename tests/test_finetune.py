@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ase.data
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from moiety.inference.predict import load_predictor, predict_files
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.heads_moiety import TaskHead
 from moiety.models.modeling_moiety import MoietyForPrediction
+from moiety.models.vocabulary_moiety import COVALENT_RADII
 from moiety.testing import launched
 from moiety.tokens.batch import collate, with_neighbors
 from moiety.tokens.labels import Label
@@ -181,6 +183,20 @@ def test_a_sum_that_is_no_total_energy_is_the_same_at_every_level_of_theory():
     other[0].scalars["interaction_energy"] = -0.2
     assert task.labels(other) == pytest.approx([-0.2])
     assert np.isfinite(baselines(task, train, other)["linear in composition"]).all()
+
+
+def test_an_interaction_is_told_from_none():
+    train = alcohols()
+    for s in train:
+        s.scalars["interaction_energy"] = -0.01 * s.num_nodes
+    task = task_of(train, label="interaction_energy", kind="interaction", unit="eV")
+    labels = task.labels(train)
+    assert task.mean == 0 and task.std == pytest.approx(np.sqrt(np.square(labels).mean()))
+    assert baselines(task, train, train)["mean predictor"] == pytest.approx(labels.mean())
+
+
+def test_covalent_radii_are_those_of_the_literature():
+    assert COVALENT_RADII[:96] == pytest.approx(ase.data.covalent_radii[1:97])
 
 
 def test_an_average_is_the_energy_an_atom():

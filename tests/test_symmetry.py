@@ -224,6 +224,44 @@ def test_far_apart_fragments_do_not_see_each_other(models: list[nn.Module]) -> N
     assert abs(float(energies[2] - energies[0] - energies[1])) < 1e-9 * abs(float(energies[2]))
 
 
+@pytest.fixture(scope="module")
+def pair() -> Structure:
+    """Two molecules 3 Å apart, their atoms mixed."""
+    s = structure("molecule")
+    turned = s.positions @ orthogonal(False).T
+    beside = turned + np.array([s.positions[:, 0].max() - turned[:, 0].min() + 3.0, 0, 0])
+    order = np.random.default_rng(5).permutation(2 * s.num_nodes)
+    return Structure(np.tile(s.node_type, 2)[order], np.concatenate([s.positions, beside])[order])
+
+
+@pytest.fixture(scope="module")
+def interaction() -> Callable[..., Tensor]:
+    """What a head of kind "interaction" says of structures, and one of kind "sum" with the same weights."""
+    torch.manual_seed(0)
+    tasks = {"sum": {"kind": "sum"}, "interaction": {"kind": "interaction"}}
+    config = MoietyConfig(hidden_size=32, num_layers=2, num_heads=2, edge_channels=16, tasks=tasks)
+    models = [randomize(model(config).double()) for model in (MoietyForPreTraining, MoietyForPrediction)]
+    models[1].heads["interaction"].load_state_dict(models[1].heads["sum"].state_dict())
+    return lambda *structures, kind="interaction": outputs(models, list(structures))[kind]
+
+
+def test_an_interaction_is_what_molecules_have_beyond_each_alone(pair: Structure, interaction: Callable[..., Tensor]):
+    s = structure("molecule")
+    whole, alone = interaction(pair, kind="sum"), interaction(s, kind="sum")
+    found = interaction(pair, s, structure("crystal"), structure("protein"), pair)
+    assert abs(float(found[0])) > 1e-4
+    assert found[[0, 4]].numpy() == pytest.approx((whole - 2 * alone).repeat(2).numpy(), rel=1e-9)
+    assert abs(float(found[1])) < 1e-12 * abs(float(alone)) and found[2:4].isnan().all()
+
+
+def test_an_interaction_has_the_symmetries_of_a_number(pair: Structure, interaction: Callable[..., Tensor]):
+    order = np.random.default_rng(6).permutation(pair.num_nodes)
+    moved = changed(pair, positions=pair.positions + np.array([5.0, -7.0, 20.0]))
+    mixed = changed(pair, node_type=pair.node_type[order], positions=pair.positions[order])
+    same = [moved, mixed, *(transformed(pair, orthogonal(reflect)) for reflect in (False, True))]
+    assert interaction(*same).numpy() == pytest.approx(float(interaction(pair)), rel=1e-9)
+
+
 def test_gathering_and_sparse_products_agree(models: list[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     structures = [structure("crystal"), structure("molecule")]
     expected = outputs(models, structures)

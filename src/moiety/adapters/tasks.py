@@ -177,9 +177,11 @@ class Task:
         return float((np.trace(values, axis1=1, axis2=2) / 3 if self.label.shape == (3, 3) else values).mean())
 
     def centred(self, values: Array, structures: Sequence[Structure]) -> tuple[float, Array]:
-        """Mean, and labels less what it explains; of energies, less the references, that mean is 0."""
+        """Mean, and labels less what it explains; 0 for energies, less the references, and where 0 has a meaning."""
         if self.references:
             return 0.0, values - self.by_references(structures)
+        if self.kind == "interaction":
+            return 0.0, values
         mean = self.middle(values)
         return mean, values - mean * (np.eye(3) if self.label.shape == (3, 3) else 1.0)
 

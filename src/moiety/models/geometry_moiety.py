@@ -13,6 +13,7 @@ from torch import Tensor
 from .sparse_moiety import Pattern, available, sparse_product
 
 TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
+STRETCHED = 1.25  # sums of covalent radii: a bond; hydrogen bonds begin at 1.6
 FRAME_DISTANCES = 16  # from N, C, O and CB of one residue to those of another
 
 
@@ -67,6 +68,24 @@ def symmetric_basis(like: Tensor) -> Tensor:
         [[a, 0, 0], [0, -a, 0], [0, 0, 0]],
     ]
     return torch.tensor(basis, dtype=like.dtype, device=like.device)
+
+
+def molecule_of(edge_index: Tensor, length_E: Tensor, radius_N: Tensor) -> Tensor:
+    """The first atom of the molecule of each node: [N]. Bonds are edges up to 1.25 times the sum of two radii.
+
+    Args:
+        edge_index: [2,E] both directions of every edge.
+        length_E: Å.
+        radius_N: covalent radii, Å.
+    """
+    source, destination = edge_index[:, length_E < STRETCHED * radius_N[edge_index].sum(0)]
+    first_N = torch.arange(radius_N.shape[0], device=radius_N.device)
+    while True:  # some log N times: what is found out is handed on over all that is known to hang together
+        lower_N = first_N.scatter_reduce(0, destination, first_N[source], "amin")
+        lower_N = lower_N[lower_N]
+        if torch.equal(lower_N, first_N):
+            return first_N
+        first_N = lower_N
 
 
 def mean_per_graph(x_N: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:

@@ -89,6 +89,8 @@ class TaskHead(nn.Module):
     - sum: invariant scalar per structure, sum over nodes of a scalar and of `references`, the part of each element
       (symbol -> value), which are NaN where an element has none [B]
     - average: the same, a mean over nodes in place of the sum: a formation energy an atom [B]
+    - interaction: the same without references, less that of each molecule alone: 0 for one molecule, NaN for
+      what is periodic or has residues; `MoietyForPrediction` takes the molecules apart [B]
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
     - tensor: symmetric matrix per structure, sum over nodes (a polarizability) [B,3,3]
     - node: invariant scalar per node [N]
@@ -105,6 +107,7 @@ class TaskHead(nn.Module):
         "mean": (False, ()),
         "sum": (False, ()),
         "average": (False, ()),
+        "interaction": (False, ()),
         "dipole_norm": (False, ()),
         "tensor": (False, (3, 3)),
         "node": (True, ()),
@@ -166,6 +169,8 @@ class TaskHead(nn.Module):
         if self.kind in ("classes", "residues"):
             return self.logits(features[:, 0])
         scalar_N = self.scalar(features[:, 0]).squeeze(-1)
+        if self.kind == "interaction":
+            return self.std * sum_per_graph(scalar_N, graph_index, num_graphs)
         if self.kind in self.WITH_REFERENCES:
             over_nodes = mean_per_graph if self.kind == "average" else sum_per_graph
             learned_B = over_nodes(self.mean + self.std * scalar_N, graph_index, num_graphs)

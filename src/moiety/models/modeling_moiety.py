@@ -25,9 +25,9 @@ from .blocks_moiety import (
     merged_norm,
 )
 from .configuration_moiety import MoietyConfig
-from .geometry_moiety import Layout, Neighbors, frame_basis, mean_per_graph
+from .geometry_moiety import Layout, Neighbors, frame_basis, mean_per_graph, molecule_of
 from .heads_moiety import StrainHead, TaskHead, VectorHead
-from .vocabulary_moiety import DOMAINS, FIRST_RESIDUE, RESIDUE_MASK, ROLES, node_scale
+from .vocabulary_moiety import COVALENT_RADII, DOMAINS, FIRST_RESIDUE, RESIDUE_MASK, ROLES, node_scale
 
 NOISE_UNIT = 0.05  # Å: where the logarithm of the noise level is zero
 
@@ -284,6 +284,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
     """Trunk with the task heads named in `config.tasks`; all of them run, in the order of the config.
 
     With a head of kind "residues" the trunk sees residues without their types, from which they are to be told.
+    With a head of kind "interaction" it sees every structure twice: whole, and each of its molecules alone.
     With a head of kind "energy" the predictions also hold its exact derivatives: "forces" [N,3] eV/Å and, for
     structures periodic in three directions, "stress" [B,3,3] eV/Å^3 (positive under tension; else NaN).
     """
@@ -300,6 +301,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
             )
         self.energy = energies[0] if energies else None
         self.derives = self.energy is not None  # to be set False by who needs no derivatives: a third of the work
+        self.interactions = [name for name, spec in tasks.items() if spec.get("kind") == "interaction"]
         self.hides_residues = any(spec.get("kind") == "residues" for spec in tasks.values())
         self.moiety = MoietyModel(config)
         self.heads = task_heads(config)
@@ -319,7 +321,54 @@ class MoietyForPrediction(MoietyPreTrainedModel):
         read = (trunk.node_features, positions, node_type, trunk.graph_index, trunk.graph_features.shape[0])
         with full_precision(positions):
             predictions = {name: head(*read) for name, head in self.heads.items()}
+        if self.interactions:
+            alone = self._molecules_alone(read[-1], positions, node_type, **inputs)
+            predictions |= {name: predictions[name] - alone[name] for name in self.interactions}
         return MoietyPredictionOutput(predictions=predictions, **trunk)
+
+    def _molecules_alone(
+        self,
+        num_graphs: int,
+        positions: Tensor,
+        node_type: Tensor,
+        graph_index: Tensor,
+        edge_index: Tensor,
+        edge_shift: Tensor,
+        **inputs: Any,
+    ) -> dict[str, Tensor]:
+        """What the heads of kind "interaction" say of the molecules of each structure, without each other: [B].
+
+        A molecule is what is bonded together; it is taken to be neutral and closed-shell. NaN where a structure is
+        periodic or has residues.
+        """
+        with torch.no_grad():
+            source, destination = edge_index
+            length_E = (positions[source] + edge_shift - positions[destination]).norm(dim=-1)
+            radii = COVALENT_RADII + [math.nan] * (self.config.vocab_size - 1 - len(COVALENT_RADII))
+            radius_N = positions.new_tensor([math.nan, *radii])[node_type]
+            first_P, part_N = molecule_of(edge_index, length_E, radius_N).unique(return_inverse=True)
+            order, owner_P = part_N.argsort(stable=True), graph_index[first_P]
+            inside = part_N[source] == part_N[destination]
+            ends, shift_E3 = order.argsort()[edge_index[:, inside]], edge_shift[inside]
+            by_destination = ends[1].argsort(stable=True)
+            nodes = {name: inputs[name][order] for name in ("role", "node_vectors") if name in inputs}
+            graphs = {name: inputs[name][owner_P] for name in ("domain", "noise_level") if name in inputs}
+            undefined_B = mean_per_graph(radius_N, graph_index, num_graphs).isnan()
+            if "pbc" in inputs:
+                undefined_B = undefined_B | inputs["pbc"].any(-1)
+        trunk = self.moiety(
+            node_type=node_type[order],
+            positions=positions[order],
+            graph_index=part_N[order],
+            edge_index=ends[:, by_destination],
+            edge_shift=shift_E3[by_destination],
+            **nodes,
+            **graphs,
+        )
+        read = (trunk.node_features, positions[order], node_type[order], graph_index[order], num_graphs)
+        with full_precision(positions):
+            alone = {name: self.heads[name](*read) for name in self.interactions}
+        return {name: torch.where(undefined_B, math.nan, value) for name, value in alone.items()}
 
     def _conservative(
         self,

@@ -41,6 +41,16 @@ ROLE_ID = {name: index for index, name in enumerate(ROLES)}
 RESIDUE_SCALE = 2.0  # a residue is a larger thing than an atom: its distances count half
 
 
+_RADII = (  # pm, Cordero et al. 2008 (doi:10.1039/b801115j), low spin; the last one for what comes after Cm
+    "31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 "
+    "122 120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 "
+    "203 201 199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 "
+    "260 221 215 206 200 196 190 187 180 169"
+)
+COVALENT_RADII = [int(radius) / 100 for radius in _RADII.split()]  # Å, of the elements from H on
+COVALENT_RADII += COVALENT_RADII[-1:] * (len(ELEMENTS) - len(COVALENT_RADII))
+
+
 def node_scale(node_type: Any) -> Any:
     """[N] length scale of each node (array or tensor): an edge ij ends at cutoff * (scale_i + scale_j) / 2."""
     return 1.0 + (RESIDUE_SCALE - 1.0) * ((node_type >= FIRST_RESIDUE) & (node_type < MASK))

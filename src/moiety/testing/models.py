@@ -51,7 +51,8 @@ FEATURE_KINDS = {
 }
 TASK_KINDS = {  # of the heads of MoietyForPrediction
     "energy": Kind(extensive=True), "sum": Kind(extensive=True), "mean": Kind(), "average": Kind(),
-    "dipole_norm": Kind(), "node": Kind(per_atom=True), "vector": Kind(rank=1, per_atom=True),
+    "interaction": Kind(extensive=True), "dipole_norm": Kind(), "node": Kind(per_atom=True),
+    "vector": Kind(rank=1, per_atom=True),
 }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def from_model(model: Any, processor: Any, dtype: torch.dtype = torch.float64) -
     def _is_defined(name: str, atoms: Atoms) -> bool:
         if name == "stress":
             return bool(atoms.pbc.all())
-        return not (name in tasks and tasks[name]["kind"] == "dipole_norm" and atoms.pbc.any())
+        return not (name in tasks and tasks[name]["kind"] in ("dipole_norm", "interaction") and atoms.pbc.any())
 
     return called, kinds
 
