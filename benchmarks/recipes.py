@@ -1,6 +1,6 @@
 """Recipes that transfer.py does not measure, as they stand, on their own test sets: LoRA, from scratch, no network.
 
-    make recipes                                          all of them: hours on two cores, not timed yet
+    make recipes                                          all of them: an hour on two cores
     python benchmarks/recipes.py freesolv [--seeds 0]     some of them
     python benchmarks/recipes.py --show                   the table of what is there by now; runs nothing
 
