@@ -193,10 +193,13 @@ def test_an_interaction_is_told_from_none():
     labels = task.labels(train)
     assert task.mean == 0 and task.std == pytest.approx(np.sqrt(np.square(labels).mean()))
     assert baselines(task, train, train)["mean predictor"] == pytest.approx(labels.mean())
+    train[3].cell, train[3].pbc = np.eye(3) * 20, np.array([True, True, False])
+    with pytest.raises(InputError, match=f"interaction_energy: kind 'interaction' .* {train[3].id} is periodic"):
+        task_of(train, label="interaction_energy", kind="interaction", unit="eV")
 
 
 def test_covalent_radii_are_those_of_the_literature():
-    assert COVALENT_RADII[:96] == pytest.approx(ase.data.covalent_radii[1:97])
+    assert COVALENT_RADII[1:97] == pytest.approx(ase.data.covalent_radii[1:97])
 
 
 def test_an_average_is_the_energy_an_atom():

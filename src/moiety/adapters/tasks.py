@@ -105,10 +105,15 @@ class Task:
         """From structures, some of which may be without the label.
 
         Raises:
-            InputError: no label is known, or all of them are the same.
+            InputError: no label is known, or all of them are the same; or the kind does not read such structures.
         """
         bare = cls(config)
         labelled = [s for s in train if bare.label.of(s) is not None]
+        if odd := [s for s in labelled if config.kind == "interaction" and (s.periodic or s.is_residue.any())]:
+            raise InputError(
+                f"tasks: {config.label}: kind 'interaction' takes molecules of atoms apart; {odd[0].id} "
+                f"{'is periodic' if odd[0].periodic else 'has residues'}; leave it out, or choose another kind"
+            )
         if config.kind in TaskHead.WITH_REFERENCES and labelled:
             energies = np.array([bare.label.of(s) for s in labelled], dtype=np.float64)
             energies *= [s.num_nodes if bare.averages else 1 for s in labelled]

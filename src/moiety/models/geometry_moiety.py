@@ -76,11 +76,11 @@ def molecule_of(edge_index: Tensor, length_E: Tensor, radius_N: Tensor) -> Tenso
     Args:
         edge_index: [2,E] both directions of every edge.
         length_E: Å.
-        radius_N: covalent radii, Å.
+        radius_N: covalent radii, Å; NaN where a node has no bonds.
     """
     source, destination = edge_index[:, length_E < STRETCHED * radius_N[edge_index].sum(0)]
     first_N = torch.arange(radius_N.shape[0], device=radius_N.device)
-    while True:  # some log N times: what is found out is handed on over all that is known to hang together
+    while True:  # some log N times, for what is found out reaches all that is known to hang together
         lower_N = first_N.scatter_reduce(0, destination, first_N[source], "amin")
         lower_N = lower_N[lower_N]
         if torch.equal(lower_N, first_N):

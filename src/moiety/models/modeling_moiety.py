@@ -344,8 +344,7 @@ class MoietyForPrediction(MoietyPreTrainedModel):
         with torch.no_grad():
             source, destination = edge_index
             length_E = (positions[source] + edge_shift - positions[destination]).norm(dim=-1)
-            radii = COVALENT_RADII + [math.nan] * (self.config.vocab_size - 1 - len(COVALENT_RADII))
-            radius_N = positions.new_tensor([math.nan, *radii])[node_type]
+            radius_N = positions.new_tensor(COVALENT_RADII)[node_type]
             first_P, part_N = molecule_of(edge_index, length_E, radius_N).unique(return_inverse=True)
             order, owner_P = part_N.argsort(stable=True), graph_index[first_P]
             inside = part_N[source] == part_N[destination]

@@ -6,6 +6,7 @@ The id of an element is its atomic number, so `ase.Atoms.numbers` are token ids 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 _SYMBOLS = (
@@ -32,6 +33,13 @@ VOCAB_SIZE = len(TOKENS)  # 145
 ELEMENT_ID = {symbol: number for number, symbol in enumerate(ELEMENTS, start=1)}
 RESIDUE_ID = {name: FIRST_RESIDUE + index for index, name in enumerate(RESIDUES)}
 
+_RADII = (  # pm, Cordero et al. 2008 (doi:10.1039/b801115j), low spin; the last one for what comes after Cm
+    "31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 "
+    "122 120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 "
+    "203 201 199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 "
+    "260 221 215 206 200 196 190 187 180 169"
+)
+
 DOMAINS = ("molecule", "crystal", "surface", "complex", "protein", "field")
 DOMAIN_ID = {name: index for index, name in enumerate(DOMAINS)}
 
@@ -41,14 +49,13 @@ ROLE_ID = {name: index for index, name in enumerate(ROLES)}
 RESIDUE_SCALE = 2.0  # a residue is a larger thing than an atom: its distances count half
 
 
-_RADII = (  # pm, Cordero et al. 2008 (doi:10.1039/b801115j), low spin; the last one for what comes after Cm
-    "31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 "
-    "122 120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 "
-    "203 201 199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 "
-    "260 221 215 206 200 196 190 187 180 169"
-)
-COVALENT_RADII = [int(radius) / 100 for radius in _RADII.split()]  # Å, of the elements from H on
-COVALENT_RADII += COVALENT_RADII[-1:] * (len(ELEMENTS) - len(COVALENT_RADII))
+def _covalent_radii() -> list[float]:
+    known = [int(radius) / 100 for radius in _RADII.split()]
+    elements = known + known[-1:] * (len(ELEMENTS) - len(known))
+    return [math.nan, *elements, *[math.nan] * (VOCAB_SIZE - FIRST_RESIDUE)]
+
+
+COVALENT_RADII = _covalent_radii()  # [V] Å, NaN for what is no element
 
 
 def node_scale(node_type: Any) -> Any:
