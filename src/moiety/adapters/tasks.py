@@ -203,8 +203,6 @@ class Task:
         spec: dict[str, Any] = {"kind": self.kind}
         if self.references:
             spec |= {"std": self.node_std, "unit": self.config.label_unit, "references": self.references.elements}
-        elif self.kind == "interaction":
-            spec |= {"std": self.node_std, "unit": self.config.unit}
         elif self.kind == "classes":
             spec["classes"] = list(self.config.classes)
         elif not self.classifies:
