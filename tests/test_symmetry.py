@@ -16,9 +16,16 @@ from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.models.configuration_moiety import MoietyConfig
 from moiety.models.feature_extraction_moiety import neighbor_list, pack, to_tensors
-from moiety.models.geometry_moiety import Layout, frame_basis, radial_basis, softmax_per_graph, symmetric_basis
+from moiety.models.geometry_moiety import (
+    Layout,
+    frame_basis,
+    molecule_of,
+    radial_basis,
+    softmax_per_graph,
+    symmetric_basis,
+)
 from moiety.models.modeling_moiety import MoietyForPrediction, MoietyForPreTraining
-from moiety.models.vocabulary_moiety import ROLE_ID
+from moiety.models.vocabulary_moiety import COVALENT_RADII, ROLE_ID
 
 CORPORA = Path(__file__).parent / "data/corpora"
 KINDS = ("molecule", "crystal", "protein", "complex")
@@ -252,6 +259,16 @@ def test_an_interaction_is_what_molecules_have_beyond_each_alone(pair: Structure
     assert abs(float(found[0])) > 1e-4
     assert found[[0, 4]].numpy() == pytest.approx((whole - 2 * alone).repeat(2).numpy(), rel=1e-9)
     assert abs(float(found[1])) < 1e-12 * abs(float(alone)) and found[2:4].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["interactions", "s22"])
+def test_a_pair_is_two_molecules(name: str):
+    corpus = Corpus.open(CORPORA / name, split="test")
+    for s in corpus.read(range(len(corpus)), whole=True):
+        edge_index = torch.cartesian_prod(*[torch.arange(s.num_nodes)] * 2).T
+        lengths = torch.cdist(*[torch.tensor(s.positions)] * 2).flatten()
+        first = molecule_of(edge_index, lengths, torch.tensor(COVALENT_RADII)[torch.tensor(s.node_type)])
+        assert first.tolist() == [s.chain.index(chain) for chain in s.chain]  # type: ignore[union-attr]
 
 
 def test_an_interaction_has_the_symmetries_of_a_number(pair: Structure, interaction: Callable[..., Tensor]):

@@ -40,7 +40,7 @@ class Task:
 
 
 QM9 = ("corpus=corpora/full/qm9",)  # its val split has 10,000, of which pretraining saw none
-LARGE = ("node_budget=160",)  # two of the 4,000 crystals are
+LARGE = ("node_budget=160",)  # two of the 4,000 crystals have as many nodes
 TASKS = {
     "dipole": Task("qm9_dipole", "dipole", "MAE, D", (100, 1000, 9000), QM9, smiles=True, teacher=DIPOLE),
     "u0": Task("qm9_u0", "u0", "MAE, eV", (100, 1000, 9000), QM9, smiles=True, teacher=ENERGY),

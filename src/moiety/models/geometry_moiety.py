@@ -13,7 +13,7 @@ from torch import Tensor
 from .sparse_moiety import Pattern, available, sparse_product
 
 TYPICAL_DEGREE = 16.0  # a constant: dividing by the actual number of neighbours would jump at the cutoff
-STRETCHED = 1.25  # sums of covalent radii: a bond; hydrogen bonds begin at 1.6
+STRETCHED = 1.25  # sums of covalent radii: a bond. Bonds of `interactions` and S22 reach 1.12, contacts begin at 1.31
 FRAME_DISTANCES = 16  # from N, C, O and CB of one residue to those of another
 
 

@@ -89,8 +89,8 @@ class TaskHead(nn.Module):
     - sum: invariant scalar per structure, sum over nodes of a scalar and of `references`, the part of each element
       (symbol -> value), which are NaN where an element has none [B]
     - average: the same, a mean over nodes in place of the sum: a formation energy an atom [B]
-    - interaction: the same without references, less that of each molecule alone: 0 for one molecule, NaN for
-      what is periodic or has residues; `MoietyForPrediction` takes the molecules apart [B]
+    - interaction: invariant scalar per structure, sum over nodes, less that of each molecule alone: 0 for one
+      molecule, NaN for what is periodic or has residues; `MoietyForPrediction` takes the molecules apart [B]
     - dipole_norm: |sum_i (q_i (r_i - centre) + v_i)| [B]
     - tensor: symmetric matrix per structure, sum over nodes (a polarizability) [B,3,3]
     - node: invariant scalar per node [N]

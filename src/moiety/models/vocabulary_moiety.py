@@ -33,13 +33,6 @@ VOCAB_SIZE = len(TOKENS)  # 145
 ELEMENT_ID = {symbol: number for number, symbol in enumerate(ELEMENTS, start=1)}
 RESIDUE_ID = {name: FIRST_RESIDUE + index for index, name in enumerate(RESIDUES)}
 
-_RADII = (  # pm, Cordero et al. 2008 (doi:10.1039/b801115j), low spin; the last one for what comes after Cm
-    "31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 "
-    "122 120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 "
-    "203 201 199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 "
-    "260 221 215 206 200 196 190 187 180 169"
-)
-
 DOMAINS = ("molecule", "crystal", "surface", "complex", "protein", "field")
 DOMAIN_ID = {name: index for index, name in enumerate(DOMAINS)}
 
@@ -47,6 +40,14 @@ ROLES = ("unspecified", "protein", "ligand", "slab", "adsorbate", "solvent", "fr
 ROLE_ID = {name: index for index, name in enumerate(ROLES)}
 
 RESIDUE_SCALE = 2.0  # a residue is a larger thing than an atom: its distances count half
+
+
+_RADII = (  # pm, Cordero et al. 2008 (doi:10.1039/b801115j), low spin; the last one for what comes after Cm
+    "31 28 128 96 84 76 71 66 57 58 166 141 121 111 107 105 102 106 203 176 170 160 153 139 139 132 126 124 132 122 "
+    "122 120 119 120 120 116 220 195 190 175 164 154 147 146 142 139 145 144 142 139 139 138 139 140 244 215 207 204 "
+    "203 201 199 198 198 196 194 192 192 189 190 187 187 175 170 162 151 144 141 136 136 132 145 146 148 140 150 150 "
+    "260 221 215 206 200 196 190 187 180 169"
+)
 
 
 def _covalent_radii() -> list[float]:
