@@ -28,18 +28,18 @@ from moiety.models.vocabulary_moiety import RESIDUE_ID, RESIDUES
 
 SAMPLES = Path(__file__).parent / "data" / "corpora"
 NAMES = (
-    "ccd", "complexes", "crystals", "flows", "forces", "freesolv", "gfn1", "interactions", "polarizabilities",
-    "proteins", "qm9", "r2scan", "s22", "surfaces",
+    "ccd", "complexes", "crystals", "flows", "forces", "freesolv", "gfn1", "interactions", "isomers",
+    "polarizabilities", "proteins", "qm9", "r2scan", "s22", "surfaces",
 )  # fmt: skip
 FULL_COUNTS = {
     "ccd": 46_730, "complexes": 28, "crystals": 6_062, "flows": 1_600, "forces": 3_411, "freesolv": 642, "gfn1": 48_992,
-    "interactions": 1_520, "polarizabilities": 1_800, "proteins": 13_867, "qm9": 130_831, "r2scan": 10_562, "s22": 22,
-    "surfaces": 1_307,
+    "interactions": 1_520, "isomers": 13_767, "polarizabilities": 1_800, "proteins": 13_867, "qm9": 130_831,
+    "r2scan": 10_562, "s22": 22, "surfaces": 1_307,
 }  # fmt: skip
 ONLY_TEST = ("complexes", "s22")
 GROUP = {
-    "crystals": "prototype", "flows": "field", "freesolv": "scaffold", "interactions": "pair", "proteins": "cluster",
-    "r2scan": "prototype", "surfaces": "metal",
+    "crystals": "prototype", "flows": "field", "freesolv": "scaffold", "interactions": "pair", "isomers": "pair",
+    "proteins": "cluster", "r2scan": "prototype", "surfaces": "metal",
 }  # fmt: skip
 
 QM9_HEADER = (
@@ -108,7 +108,7 @@ def archive_of(path: Path, package: str = "thing") -> Archive:
 
 def test_every_recipe_has_a_licence_a_citation_a_checksum_and_the_three_profiles():
     recipes = list_recipes()
-    assert tuple(recipe.name for recipe in recipes) == (*NAMES, "texts")
+    assert {recipe.name for recipe in recipes} == {*NAMES, "english", "texts"}
     for recipe in recipes:
         assert recipe.licence and recipe.citation and recipe.splits
         assert set(recipe.profiles) == {"sample", "tiny", "full"}
