@@ -15,31 +15,41 @@ from typing import Any
 
 
 def _config(auto: Any) -> None:
+    from moiety.models.configuration_bridge_moiety import MoietyBridgeConfig
     from moiety.models.configuration_moiety import MoietyConfig
 
     auto.AutoConfig.register("moiety", MoietyConfig, exist_ok=True)
+    auto.AutoConfig.register("moiety_bridge", MoietyBridgeConfig, exist_ok=True)
 
 
 def _models(auto: Any) -> None:
+    from moiety.models.configuration_bridge_moiety import MoietyBridgeConfig
     from moiety.models.configuration_moiety import MoietyConfig
+    from moiety.models.modeling_bridge_moiety import MoietyForConditionalGeneration
     from moiety.models.modeling_moiety import MoietyForPreTraining, MoietyModel
 
     auto.AutoModel.register(MoietyConfig, MoietyModel, exist_ok=True)
     auto.AutoModelForPreTraining.register(MoietyConfig, MoietyForPreTraining, exist_ok=True)
+    auto.AutoModelForMultimodalLM.register(MoietyBridgeConfig, MoietyForConditionalGeneration, exist_ok=True)
 
 
 def _feature_extractor(auto: Any) -> None:
+    from moiety.models.configuration_bridge_moiety import MoietyBridgeConfig
     from moiety.models.configuration_moiety import MoietyConfig
     from moiety.models.feature_extraction_moiety import MoietyFeatureExtractor
 
-    auto.AutoFeatureExtractor.register(MoietyConfig, MoietyFeatureExtractor, exist_ok=True)
+    for config in (MoietyConfig, MoietyBridgeConfig):
+        auto.AutoFeatureExtractor.register(config, MoietyFeatureExtractor, exist_ok=True)
 
 
 def _processor(auto: Any) -> None:
+    from moiety.models.configuration_bridge_moiety import MoietyBridgeConfig
     from moiety.models.configuration_moiety import MoietyConfig
+    from moiety.models.processing_bridge_moiety import MoietyBridgeProcessor
     from moiety.models.processing_moiety import MoietyProcessor
 
     auto.AutoProcessor.register(MoietyConfig, MoietyProcessor, exist_ok=True)
+    auto.AutoProcessor.register(MoietyBridgeConfig, MoietyBridgeProcessor, exist_ok=True)
 
 
 def _pipelines(pipelines: Any) -> None:

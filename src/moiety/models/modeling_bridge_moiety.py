@@ -1,0 +1,380 @@
+"""A language model that reads structures: tower, bridge, and any causal language model of transformers."""
+# Shapes: R rows of text, T text tokens, V words, S structures, A places in the text where a structure stands, K tokens
+# of all these, W width of the language model, D of the bridge, E of the shared space, O pseudoscalars, P properties,
+# Q quantiles.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .asking_moiety import ask
+from .configuration_bridge_moiety import HANDED, MoietyBridgeConfig
+from .modeling_moiety import MoietyModel
+from .resampler_moiety import Bridge, Invariants, Structures, query_counts
+
+STRUCTURE_INPUTS = (
+    "node_type", "positions", "graph_index", "edge_index", "edge_shift", "cell", "pbc", "charge", "spin", "domain",
+    "role", "node_vectors", "num_queries", "structure_order",
+)  # fmt: skip
+QUANTILES = 200  # of distances
+POOLS = 4  # weighted means over the tokens of a text
+FAR_BELOW = -1e4
+SHARPNESS, MOST_SHARP = 10.0, 100.0  # of the match between texts and structures: at the start, at most
+
+
+@dataclass
+class MoietyBridgeOutput(ModelOutput):
+    """What the language model says of the next token, what the number heads say where it stands, and embeddings.
+
+    `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [R,T,P] in units of their
+    spread; `structure_embeds` [S,E] and `text_embeds` [R,E], whose products are log odds of belonging together;
+    `structure_features` [S,D], invariants of each structure.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any | None = None
+    hidden_states: Any | None = None
+    attentions: Any | None = None
+    number_values: Tensor | None = None
+    number_log_sigmas: Tensor | None = None
+    structure_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    structure_features: Tensor | None = None
+
+
+@dataclass
+class Reading:
+    """Structures in a text: `embeds` [R,T,W]; their invariants; the last one before each token, -1 for none [R,T]."""
+
+    embeds: Tensor
+    structures: Structures
+    owner: Tensor
+
+
+class NumberHead(nn.Module):
+    """Value and log sigma of every property where the text stands, from the text so far and from the structure.
+
+    [R,T,W] and [R,T,D] -> [R,T,P] twice, in standard units.
+    """
+
+    def __init__(self, config: MoietyBridgeConfig):
+        super().__init__()
+        width, inner = config.text_config.hidden_size, config.bridge_config.hidden_size
+        self.num_properties = len(config.numbers or {})
+        self.text = nn.Linear(width, inner)
+        self.structure = nn.Linear(inner, inner)
+        self.out = nn.Sequential(
+            nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, 2 * self.num_properties)
+        )
+
+    def forward(self, text_RTW: Tensor, structure_RTD: Tensor) -> tuple[Tensor, Tensor]:
+        said = self.out(self.text(text_RTW) + self.structure(structure_RTD))
+        value, log_sigma = said.split(self.num_properties, dim=-1)
+        return value, log_sigma.clamp(-6, 3)
+
+
+class SharedSpace(nn.Module):
+    """Structures [S,D] with pseudoscalars [S,O], and texts [R,T,W], as vectors [S,E] and [R,E] of one space.
+
+    Those of structures have length 1, those of texts the sharpness of the match (CLIP's temperature: Radford et al.,
+    arXiv 2103.00020). A text is a weighted mean over its tokens, POOLS times: two that differ in one word do not look
+    alike.
+    """
+
+    def __init__(self, config: MoietyBridgeConfig):
+        super().__init__()
+        bridge = config.bridge_config
+        self.even = nn.Linear(bridge.hidden_size, bridge.embedding_size)
+        self.odd = nn.Linear(HANDED * bridge.num_pseudoscalars, bridge.embedding_size, bias=False)
+        self.text_norm = nn.RMSNorm(config.text_config.hidden_size)
+        self.weigh = nn.Linear(config.text_config.hidden_size, POOLS)
+        self.text = nn.Linear(POOLS * config.text_config.hidden_size, bridge.embedding_size)
+        self.word = nn.Embedding(config.text_config.vocab_size, bridge.embedding_size)
+        self.log_sharpness = nn.Parameter(torch.tensor([math.log(SHARPNESS)]))
+
+    def forward(
+        self, structures: Structures, text_RTW: Tensor, ids_RT: Tensor, words_RT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        structure_SE = functional.normalize(self.even(structures.even) + self.odd(structures.odd), dim=-1)
+        text_RTW = self.text_norm(text_RTW)
+        share_RTH = self.weigh(text_RTW).masked_fill(~words_RT.unsqueeze(-1), FAR_BELOW).softmax(dim=1)
+        bag_RE = (self.word(ids_RT) * words_RT.unsqueeze(-1)).sum(1) / words_RT.sum(1, keepdim=True).sqrt()
+        text_RE = functional.normalize(self.text((share_RTH.mT @ text_RTW).flatten(1)) + bag_RE, dim=-1)
+        return structure_SE, text_RE * self.log_sharpness.clamp(max=math.log(MOST_SHARP)).exp()
+
+
+class Calibration(nn.Module):
+    """What the last stage measures, without training: how sure answers are, and what structures are known.
+
+    Attributes:
+        temperature: [1] by which logits of answers are divided.
+        sigma_scale: [P] by which the sigmas of numbers are multiplied.
+        center, whiten: [D] and [D,D], of the summaries of the structures that were learned from.
+        distance: [Q] ascending quantiles of the distances from there of structures that were held out.
+        seen: [vocabulary] 1 for types of nodes that were learned from; all 1 until it was measured.
+    """
+
+    temperature: Tensor
+    sigma_scale: Tensor
+    center: Tensor
+    whiten: Tensor
+    distance: Tensor
+    seen: Tensor
+
+    def __init__(self, config: MoietyBridgeConfig):
+        super().__init__()
+        size = config.bridge_config.hidden_size
+        for name, shape in (
+            ("temperature", (1,)), ("sigma_scale", (len(config.numbers or {}),)), ("center", (size,)),
+            ("whiten", (size, size)), ("distance", (QUANTILES,)), ("seen", (config.structure_config.vocab_size,)),
+        ):  # fmt: skip
+            self.register_buffer(name, torch.empty(shape))
+        self.reset()
+
+    def reset(self) -> None:
+        """To what changes no answer."""
+        for name in ("temperature", "sigma_scale", "seen"):
+            init.ones_(self.get_buffer(name))
+        init.zeros_(self.center)
+        init.copy_(self.whiten, torch.eye(self.whiten.shape[0]))
+        init.constant_(self.distance, math.inf)
+
+    def distance_of(self, even_SD: Tensor) -> Tensor:
+        """[S] Mahalanobis distance of summaries from those that were learned from, per channel."""
+        return ((even_SD - self.center) @ self.whiten).square().mean(-1).sqrt()
+
+    def strangeness(self, structures: Structures, node_type: Tensor, graph_index: Tensor) -> Tensor:
+        """[S] share of held-out structures that stand nearer to what was learned from; 1 of an unseen type of node."""
+        nearer_S = torch.searchsorted(self.distance, self.distance_of(structures.even)) / QUANTILES
+        unseen_S = torch.zeros_like(nearer_S).index_add(0, graph_index, 1 - self.seen[node_type])
+        return torch.where(unseen_S > 0, 1.0, nearer_S)
+
+
+class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Text in which structures stand: each is a run of placeholder tokens, which become what the bridge reads of it.
+
+    Tower and bridge run also where the text has no structure, on one of one atom: under ZeRO-3 ranks that call
+    different modules wait for each other for ever.
+    """
+
+    config_class = MoietyBridgeConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ["structure", "text"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: MoietyBridgeConfig):
+        super().__init__(config)
+        self.tower = MoietyModel(config.structure_config)
+        self.bridge = Bridge(config.structure_config, config.bridge_config, config.text_config.hidden_size)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.space = SharedSpace(config)
+        self.number_head = NumberHead(config) if config.numbers else None
+        self.calibration = Calibration(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            small = module in (self.bridge.out, self.bridge.hand.out)  # tokens as large as those of words
+            size = self.config.text_config.initializer_range if small else 1.0
+            init.normal_(module.weight, std=size / module.in_features**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Calibration | Invariants):
+            module.reset()
+        elif isinstance(module, SharedSpace):
+            init.constant_(module.log_sharpness, math.log(SHARPNESS))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def read_structures(self, num_queries: Tensor, **structures: Tensor) -> Structures:
+        """What the bridge makes of structures; `structures` are the inputs of the tower."""
+        trunk = self.tower(**structures)
+        return self.bridge(trunk.node_features, trunk.graph_index, num_queries)
+
+    def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
+        """The text [R,T] with what the bridge makes of its structures in the place of their tokens.
+
+        Raises:
+            ValueError: the text has more or fewer placeholders than the structures have tokens.
+        """
+        structures = dict(structures or self._one_atom(input_ids.device))
+        order_A = structures.pop("structure_order", None)
+        return self.placed(input_ids, self.read_structures(**structures), order_A)
+
+    def placed(self, input_ids: Tensor, found: Structures, order_A: Tensor | None = None) -> Reading:
+        """`read`, of structures that the bridge has read; in the order of the structures unless another is given."""
+        if order_A is None:
+            order_A = found.sizes.nonzero().flatten()
+        text_RTW = self.get_input_embeddings()(input_ids)
+        here_RT = input_ids == self.config.structure_token_id
+        sizes_A = found.sizes[order_A]
+        owner_K = torch.repeat_interleave(order_A, sizes_A)
+        if int(here_RT.sum()) != owner_K.shape[0]:
+            raise ValueError(
+                f"the text has {int(here_RT.sum())} placeholders for structures that have {owner_K.shape[0]} tokens; "
+                "let the processor make both"
+            )
+        within_K = torch.arange(owner_K.shape[0], device=owner_K.device)
+        within_K = within_K - torch.repeat_interleave(sizes_A.cumsum(0) - sizes_A, sizes_A)
+        tokens_KW = found.tokens[(found.sizes.cumsum(0) - found.sizes)[owner_K] + within_K].to(text_RTW.dtype)
+        owner_RT = torch.full_like(input_ids, -1).masked_scatter(here_RT, owner_K)
+        last_RT = torch.where(here_RT, torch.arange(input_ids.shape[1], device=input_ids.device), -1).cummax(1).values
+        owner_RT = torch.where(last_RT >= 0, owner_RT.gather(1, last_RT.clamp(min=0)), -1)
+        read_RTW = text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + 0 * found.tokens.sum()
+        return Reading(read_RTW, found, owner_RT)
+
+    def _one_atom(self, device: torch.device) -> dict[str, Tensor]:
+        """A structure for a text without one; it stands nowhere."""
+        whole: dict[str, Any] = {"dtype": torch.long, "device": device}
+        return {
+            "node_type": torch.ones(1, **whole),
+            "positions": torch.zeros(1, 3, device=device),
+            "graph_index": torch.zeros(1, **whole),
+            "edge_index": torch.zeros(2, 0, **whole),
+            "edge_shift": torch.zeros(0, 3, device=device),
+            "domain": torch.zeros(1, **whole),
+            "num_queries": torch.zeros(1, **whole),
+        }
+
+    def _structures_alone(self, structures: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Rows of placeholders, padded on the left, and where they stand; adds the number of queries."""
+        if "num_queries" not in structures:
+            structures["num_queries"] = query_counts(
+                structures["node_type"],
+                structures["graph_index"],
+                structures["pbc"],
+                self.config.bridge_config.nodes_per_query,
+            )
+        sizes_R = structures["num_queries"] + HANDED
+        longest = int(sizes_R.max())
+        there_RT = torch.arange(longest, device=sizes_R.device) >= longest - sizes_R.unsqueeze(1)
+        pad = self.config.text_config.pad_token_id or 0
+        return torch.where(there_RT, self.config.structure_token_id, pad), there_RT.long()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoietyBridgeOutput:
+        """Logits of the next tokens, what the number heads say, and the embeddings of texts and structures.
+
+        Args:
+            input_ids: [R,T]; the placeholders of a structure stand together, in the order of the structures. Default: a
+                row for each structure, of its placeholders.
+            attention_mask: [R,T].
+            position_ids: [R,T].
+            past_key_values: cache of what was read before, structures included.
+            inputs_embeds: [R,T,W] in place of input_ids, of text that was read before.
+            labels: [R,T], -100 where nothing is learned.
+            logits_to_keep: how many of the last positions need logits; 0 = all.
+            kwargs: STRUCTURE_INPUTS as the processor returns them; `structure_order` says which structure each run of
+                placeholders stands for, where that is not one after the other. The rest is for the language model.
+        """
+        structures = {name: kwargs.pop(name) for name in STRUCTURE_INPUTS if kwargs.get(name) is not None}
+        reading = None
+        if input_ids is None and inputs_embeds is None:
+            input_ids, attention_mask = self._structures_alone(structures)
+        if inputs_embeds is None:
+            goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0  # of what was read before
+            assert input_ids is not None
+            reading = None if goes_on else self.read(input_ids, structures)
+            inputs_embeds = self.get_input_embeddings()(input_ids) if reading is None else reading.embeds
+        if position_ids is None and past_key_values is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # of text that is padded on the left
+        inside = dict(kwargs) | {"output_hidden_states": reading is not None or kwargs.get("output_hidden_states")}
+        output = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+            **inside,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(output.logits, labels, vocab_size=self.config.text_config.vocab_size)
+        answer = MoietyBridgeOutput(
+            loss=loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states if kwargs.get("output_hidden_states") else None,
+            attentions=output.attentions,
+        )
+        if reading is not None:
+            assert input_ids is not None
+            self._add_readings(answer, output.hidden_states, input_ids, attention_mask, reading)
+        return answer
+
+    def _add_readings(
+        self,
+        answer: MoietyBridgeOutput,
+        hidden: tuple[Tensor, ...],
+        ids_RT: Tensor,
+        mask_RT: Tensor | None,
+        reading: Reading,
+    ) -> None:
+        """Numbers from the last layer of the language model, and embeddings of texts from the middle one.
+
+        The last layer is about the next word: after "R" and after "S" it says the same.
+        """
+        words_RT = ids_RT != self.config.structure_token_id
+        words_RT = words_RT if mask_RT is None else words_RT & mask_RT.bool()
+        dtype = reading.structures.even.dtype
+        answer.structure_embeds, answer.text_embeds = self.space(
+            reading.structures, hidden[len(hidden) // 2].to(dtype), ids_RT, words_RT
+        )
+        answer.structure_features = reading.structures.even
+        if self.number_head is not None:
+            near_RTD = reading.structures.even[reading.owner.clamp(min=0)] * (reading.owner >= 0).unsqueeze(-1)
+            answer.number_values, answer.number_log_sigmas = self.number_head(hidden[-1].to(dtype), near_RTD)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """As any `generate` of transformers; structures are read once, before beams and sequences multiply."""
+        input_ids = kwargs.pop("input_ids", inputs)
+        structures = {name: kwargs.pop(name) for name in STRUCTURE_INPUTS if kwargs.get(name) is not None}
+        if structures:
+            kwargs["inputs_embeds"] = self.read(input_ids, structures).embeds
+        return super().generate(input_ids=input_ids, **kwargs)  # type: ignore[misc]
+
+    def ask(self, processor: Any, structures: Any, question: str, **settings: Any) -> Any:
+        """See `asking_moiety.ask`."""
+        return ask(self, processor, structures, question, **settings)
+
+
+MoietyForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
+
+__all__ = ["STRUCTURE_INPUTS", "MoietyBridgeOutput", "MoietyForConditionalGeneration"]

@@ -1,0 +1,223 @@
+"""From steerable node features to tokens that turn with nothing: invariants, and queries that attend to them.
+
+Every token but the HANDED last ones is the same for a structure and its mirror image; those change sign. All of them
+are the same for a crystal and its supercells, since attention is a weighted mean over nodes.
+"""
+# Shapes: B structures, N nodes, n most nodes of a structure, M = (lmax + 1)^2 components, C channels of the tower,
+# D channels of the queries, P pseudoscalars, K query tokens.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_bridge_moiety import BUCKETS, HANDED, BridgeConfig, num_queries
+from .configuration_moiety import MoietyConfig
+
+TINY = 1e-6
+LEAST_SPREAD = 1e-3  # of an invariant over structures
+FAINT = 0.03  # root mean square of pseudoscalars far below which a structure has no hand
+
+
+class Invariants(nn.Module):
+    """[N,M,C] -> [N,F] even and [N,P] odd under reflection.
+
+    Even are scalars and the lengths of vectors and rank-2 features; odd are triple products of three vectors, without
+    which the two hands of a molecule cannot be told apart.
+
+    Attributes:
+        center, spread: [F] of the means over the nodes of structures, by which even invariants are standardised.
+            Without that what all structures share hides what tells partners apart, and nothing is learned for long.
+    """
+
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, structure: MoietyConfig, config: BridgeConfig):
+        super().__init__()
+        channels = structure.hidden_size
+        self.lmax = structure.lmax
+        self.size = (1 + structure.lmax) * channels
+        self.register_buffer("center", torch.empty(self.size))
+        self.register_buffer("spread", torch.empty(self.size))
+        self.triple = nn.ModuleList(nn.Linear(channels, config.num_pseudoscalars, bias=False) for _ in range(3))
+        self.reset()
+
+    def reset(self) -> None:
+        """To what changes nothing."""
+        init.zeros_(self.center)
+        init.ones_(self.spread)
+
+    def forward(self, features_NMC: Tensor) -> tuple[Tensor, Tensor]:
+        scalars, vectors, *rest = features_NMC.split([2 * degree + 1 for degree in range(self.lmax + 1)], dim=1)
+        lengths = [part.square().sum(1).add(TINY).sqrt() for part in (vectors, *rest)]
+        even_NF = (torch.cat([scalars.squeeze(1), *lengths], dim=-1) - self.center) / self.spread
+        a, b, c = (linear(vectors) for linear in self.triple)
+        product_NP = (torch.linalg.cross(a, b, dim=1) * c).sum(1)
+        return even_NF, F.softsign(product_NP)
+
+    @torch.no_grad()
+    def standardise(self, features_NMC: Tensor, graph_index: Tensor) -> None:
+        """Sets center and spread from the features of some structures."""
+        self.reset()
+        means_BF = mean_over(self(features_NMC)[0], graph_index, int(graph_index.max()) + 1)
+        self.center.copy_(means_BF.mean(0))
+        self.spread.copy_(means_BF.std(0).clamp(min=LEAST_SPREAD))
+
+
+class Attention(nn.Module):
+    """Queries [B,K,D] over the nodes [B,n,D] of their structure."""
+
+    def __init__(self, config: BridgeConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BKD: Tensor, nodes_BnD: Tensor, there_Bn: Tensor) -> Tensor:
+        query, key, value = (
+            linear(given).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear, given in ((self.query, x_BKD), (self.key, nodes_BnD), (self.value, nodes_BnD))
+        )
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=there_Bn[:, None, None])
+        return self.out(read.transpose(1, 2).flatten(2))
+
+
+class ResamplerBlock(nn.Module):
+    def __init__(self, config: BridgeConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.before_attention = nn.RMSNorm(width)
+        self.attention = Attention(config)
+        self.before_map = nn.RMSNorm(width)
+        self.map = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_BKD: Tensor, nodes_BnD: Tensor, there_Bn: Tensor) -> Tensor:
+        x_BKD = x_BKD + self.attention(self.before_attention(x_BKD), nodes_BnD, there_Bn)
+        return x_BKD + self.map(self.before_map(x_BKD))
+
+
+class Hand(nn.Module):
+    """Tokens that change sign in a mirror: means of pseudoscalars, weighed by what is even.
+
+    [B,HANDED,width], and what they are made of [B,HANDED*P], of unit size unless the structure has no hand.
+    """
+
+    def __init__(self, config: BridgeConfig, width: int):
+        super().__init__()
+        self.weigh = nn.Linear(config.hidden_size, HANDED)
+        self.out = nn.Linear(config.num_pseudoscalars, width, bias=False)
+
+    def forward(self, nodes_BnD: Tensor, odd_BnP: Tensor, there_Bn: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BnK = self.weigh(nodes_BnD).masked_fill(~there_Bn.unsqueeze(-1), -torch.inf)
+        odd_BKP = logits_BnK.softmax(dim=1).transpose(1, 2) @ odd_BnP
+        odd_BKP = odd_BKP / (odd_BKP.square().mean(-1, keepdim=True) + FAINT**2).sqrt()
+        return self.out(odd_BKP), odd_BKP.flatten(1)
+
+
+@dataclass
+class Structures:
+    """What the bridge reads: tokens [sum of sizes, width], structure after structure, and a summary of each."""
+
+    tokens: Tensor
+    sizes: Tensor  # [B] tokens of each
+    even: Tensor  # [B,D] the mean of its queries, the same for its mirror image
+    odd: Tensor  # [B,HANDED*P] what changes sign in a mirror
+
+
+class Bridge(nn.Module):
+    """Node features [N,M,C] -> tokens of the language model. A structure of 0 queries has no tokens, but a summary."""
+
+    def __init__(self, structure: MoietyConfig, config: BridgeConfig, width: int):
+        super().__init__()
+        self.invariants = Invariants(structure, config)
+        self.even = nn.Linear(self.invariants.size, config.hidden_size)
+        self.whole = nn.Linear(self.invariants.size, config.hidden_size)
+        self.node_norm = nn.RMSNorm(config.hidden_size)
+        if config.kind == "resampler":
+            self.queries = nn.Embedding(BUCKETS[-1], config.hidden_size)
+            self.blocks = nn.ModuleList(ResamplerBlock(config) for _ in range(config.num_layers))
+        else:
+            inner = 4 * config.hidden_size
+            self.spread = nn.Sequential(
+                nn.Linear(config.hidden_size, inner), nn.SiLU(), nn.Linear(inner, BUCKETS[0] * config.hidden_size)
+            )
+        self.norm = nn.RMSNorm(config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, width)
+        self.hand = Hand(config, width)
+
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor) -> Structures:
+        even_NF, odd_NP = self.invariants(features_NMC)
+        whole_BD = self.whole(mean_over(even_NF, graph_index, num_queries_B.shape[0]))
+        nodes_BnD, there_Bn = padded(self.node_norm(self.even(even_NF)), graph_index, num_queries_B.shape[0])
+        odd_BnP, _ = padded(odd_NP, graph_index, num_queries_B.shape[0])
+        asked_B = num_queries_B.clamp(min=BUCKETS[0])
+        x_BKD = self.norm(self._queried(nodes_BnD, there_Bn, whole_BD, int(asked_B.max())))
+        place_K = torch.arange(x_BKD.shape[1], device=x_BKD.device)
+        share_BK = (place_K < asked_B.unsqueeze(-1)) / asked_B.unsqueeze(-1)
+        hand_BKW, odd_BO = self.hand(nodes_BnD, odd_BnP, there_Bn)
+        is_read_B = num_queries_B > 0
+        kept_BK = torch.cat([place_K < num_queries_B.unsqueeze(-1), is_read_B.unsqueeze(-1).expand(-1, HANDED)], dim=1)
+        return Structures(
+            tokens=torch.cat([self.out(x_BKD), hand_BKW], dim=1)[kept_BK],
+            sizes=num_queries_B + HANDED * is_read_B,
+            even=(x_BKD * share_BK.unsqueeze(-1)).sum(1),
+            odd=odd_BO,
+        )
+
+    def _queried(self, nodes_BnD: Tensor, there_Bn: Tensor, whole_BD: Tensor, most: int) -> Tensor:
+        """[B,K,D]: queries, which know the mean node, that have read the nodes; of the baseline, a map of the mean."""
+        if not hasattr(self, "blocks"):
+            return self.spread(whole_BD).unflatten(-1, (BUCKETS[0], -1))
+        x_BKD = self.queries(torch.arange(most, device=nodes_BnD.device)) + whole_BD.unsqueeze(1)
+        for block in self.blocks:
+            x_BKD = block(x_BKD, nodes_BnD, there_Bn)
+        return x_BKD
+
+
+def query_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor, nodes_per_query: int) -> Tensor:
+    """[B] query tokens of packed structures; a supercell has those of its smallest unit.
+
+    Args:
+        node_type: [N].
+        graph_index: [N].
+        pbc: [B,3].
+        nodes_per_query: `BridgeConfig.nodes_per_query`.
+    """
+    counts = []
+    for graph, periodic in enumerate(pbc.any(-1).tolist()):
+        types = node_type[graph_index == graph]
+        units = math.gcd(*types.unique(return_counts=True)[1].tolist()) if periodic else 1
+        counts.append(num_queries(types.shape[0] // units, nodes_per_query))
+    return torch.tensor(counts, device=pbc.device)
+
+
+def mean_over(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
+    """[B,D] over the nodes of each structure."""
+    sizes_B = torch.bincount(graph_index, minlength=num_graphs)
+    return values_ND.new_zeros(num_graphs, values_ND.shape[-1]).index_add(
+        0, graph_index, values_ND
+    ) / sizes_B.unsqueeze(-1)
+
+
+def padded(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> tuple[Tensor, Tensor]:
+    """[B,n,D] with zeros where a structure has no node, and [B,n] bool where it has one."""
+    sizes_B = torch.bincount(graph_index, minlength=num_graphs)
+    place_N = torch.arange(graph_index.shape[0], device=graph_index.device)
+    place_N = place_N - (sizes_B.cumsum(0) - sizes_B)[graph_index]
+    most = int(sizes_B.max())
+    there = torch.arange(most, device=graph_index.device) < sizes_B.unsqueeze(-1)
+    return values_ND.new_zeros(num_graphs, most, values_ND.shape[-1]).index_put(
+        (graph_index, place_N), values_ND
+    ), there
+
+
+__all__ = ["Bridge", "Structures", "mean_over", "query_counts"]
