@@ -26,7 +26,7 @@ from moiety.training.mixture import Mixture
 from moiety.training.run import Run
 from moiety.training.signals import StopSignals
 from moiety.training.spikes import SpikeDetector
-from moiety.training.stream import Prepared, Stream, own_seed
+from moiety.training.stream import MakeBatch, Prepared, Stream, own_seed
 from moiety.training.validation import Validation
 from moiety.training.watchdog import Watchdog
 from moiety.training.window import StepSums, Window
@@ -42,11 +42,13 @@ def fit(
     optimizer: OptimizerConfig,
     training: TrainingConfig,
     validation: Validation | None = None,
+    make: MakeBatch | None = None,
 ) -> None:
     """Trains up to `training.steps` optimizer steps, from the newest checkpoint of the run if there is one.
 
     Afterwards the newest checkpoint holds the result, see `Run.weights`; with `validation`, which scores every
-    checkpoint and may end the run before, its best weights are there too.
+    checkpoint and may end the run before, its best weights are there too. `make` makes batches of structures, where
+    they are more than structures with labels (moiety.bridge).
 
     Raises:
         InputError: the run directory belongs to other data or to another model.
@@ -58,7 +60,7 @@ def fit(
     work = Work.of(model, training.precision, run.world_size)
     engine = begin(run, model, mixture, optimizer, training)
     average = WeightAverage(engine, optimizer.ema)
-    prepared = Prepared(mixture, objectives, engine.module.config.cutoff, training.seed)
+    prepared = Prepared(mixture, objectives, engine.module.config.cutoff, training.seed, make)
     watch = Watchdog(run.path, run.rank, run.world_size, training.hang_timeout_s)
     with StopSignals() as stop, watch as watchdog, Stream(prepared, training.workers) as stream:
         state: dict[str, Any] = run.resume(engine, average, mixture.facts) or start_state()

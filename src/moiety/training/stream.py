@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -14,23 +14,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from moiety.data.structure import Structure
 from moiety.objectives import Objective
 from moiety.tokens.batch import Batch, collate, with_neighbors
 from moiety.training.mixture import Mixture
+
+MakeBatch = Callable[[Sequence[Structure], torch.Generator], Batch]
 
 
 class Prepared(Dataset[Batch]):
     """Micro-batches by number: read, collated, corrupted. Random numbers belong to the number, whoever draws them."""
 
-    def __init__(self, mixture: Mixture, objectives: Sequence[Objective], cutoff: float, seed: int) -> None:
-        self._mixture, self._objectives, self._cutoff, self._seed = mixture, objectives, cutoff, seed
+    def __init__(
+        self,
+        mixture: Mixture,
+        objectives: Sequence[Objective],
+        cutoff: float,
+        seed: int,
+        make: MakeBatch | None = None,
+    ) -> None:
+        """`make` turns whole structures into a batch; without it they are packed with the labels of the objectives."""
+        self._mixture, self._objectives, self._cutoff, self._seed, self._make = mixture, objectives, cutoff, seed, make
         self._labels = [label for objective in objectives for label in objective.labels]
 
     def __getitem__(self, number: int) -> Batch:
-        batch = collate(
-            self._mixture.read(self._mixture.micro_batch(number), whole=bool(self._labels)), labels=self._labels
-        )
+        whole = bool(self._labels) or self._make is not None
+        structures = self._mixture.read(self._mixture.micro_batch(number), whole=whole)
         rng = torch.Generator().manual_seed(own_seed(self._seed, number))
+        batch = self._make(structures, rng) if self._make else collate(structures, labels=self._labels)
         for objective in self._objectives:
             batch = objective.corrupt(batch, rng)
         return with_neighbors(batch, self._cutoff)
