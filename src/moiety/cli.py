@@ -5,6 +5,7 @@ A command imports what it needs when it runs, so that `moiety --help` answers at
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -167,6 +168,60 @@ def embed(
     note(f"written to {out}, {len(broken)} broken")
     if broken:
         raise typer.Exit(2)
+
+
+BridgeDir = Annotated[Path, typer.Option("--model", help="Directory of a text bridge.")]
+
+
+@app.command()
+def ask(
+    files: Files,
+    question: Annotated[str, typer.Argument(help="In words.")],
+    model: BridgeDir,
+    choice: Annotated[list[str] | None, typer.Option(help="An answer to choose from; give several.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Draw answer and structure into this .html.")] = None,
+    all_atom: AllAtom = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a question about a structure, or about several that stand before it."""
+    from moiety.bridge.use import ask_files
+
+    answer, controls = ask_files(files, question, model, choice or (), page, all_atom)
+    if as_json:
+        others = {name: dataclasses.asdict(other) for name, other in controls.items()}
+        print(json.dumps({**dataclasses.asdict(answer), "controls": others}))
+    else:
+        print(answer.answer or f"no answer: {answer.reason}")
+    for name, share in answer.choices.items():
+        note(f"{name}: {share:.1%}")
+    note(f"confidence {answer.confidence:.1%}; {answer.strangeness:.0%} of known structures are less strange")
+    for name, other in controls.items():
+        note(f"control, {name}: {other.answer or other.reason} ({other.confidence:.1%})")
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="Words, or a structure file.")],
+    model: BridgeDir,
+    where_in: Annotated[Path, typer.Option("--in", help="A corpus, or a .txt with a text a line.")],
+    where: Annotated[str, typer.Option(help='Conditions on predicted properties: "gap > 5 and dipole < 2".')] = "",
+    most: Annotated[int, typer.Option(min=1, help="How many are shown.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Find structures by words, or texts by a structure; a corpus is indexed at the first search."""
+    try:
+        from moiety.bridge.searching import search as search_in
+    except ModuleNotFoundError as error:
+        if error.name != "faiss":
+            raise
+        raise InputError("searching needs faiss: pip install 'moiety[bridge]'") from None
+    found = search_in(query, where_in, model, where, most)
+    if as_json:
+        print(json.dumps({"found": [dataclasses.asdict(one) for one in found]}))
+        return
+    for one in found:
+        numbers = ", ".join(f"{n} {v:.3g} ± {s:.2g}" for n, (v, s) in one.numbers.items() if v == v)
+        print(f"{one.score:.3f}  {one.id}" + (f"  {numbers}" if numbers else ""))
 
 
 @app.command()

@@ -6,7 +6,7 @@ Everything is a triangle mesh (plotly `Mesh3d`), so that sizes are in Å and a f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise, product
 from typing import Any
 
@@ -16,6 +16,7 @@ from ase.data import covalent_radii
 from ase.data.colors import jmol_colors
 from scipy.spatial import ConvexHull, KDTree
 
+from moiety.data.structure import Structure
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE, MASK, TOKENS
 
 Mesh = tuple[np.ndarray, np.ndarray]  # points [P,3], faces [F,3]
@@ -30,6 +31,7 @@ RESIDUE_COLORS = {
 }
 LIGHT = {"ambient": 0.55, "diffuse": 0.75, "specular": 0.25, "roughness": 0.45, "fresnel": 0.1}
 BOND_SLACK = 0.3  # Å
+FAINTEST = 0.05  # share of the largest weight from which on a halo is drawn
 MAX_CA_STEP = 4.6  # Å: a longer step along the chain is a break
 
 
@@ -43,23 +45,63 @@ def structure_figure(example: dict[str, Any], height: int = 360) -> tuple[go.Fig
     true = np.asarray(example["true_noise"], dtype=float)
     predicted = np.asarray(example["predicted_noise"], dtype=float)
     places = np.asarray(example["positions"], dtype=float) + true  # as the model sees it: displaced
-    is_residue = (node_type >= FIRST_RESIDUE) & (node_type < MASK)
-    traces = []
-    if is_residue.any():
-        traces += _chain(places[is_residue], node_type[is_residue])
-    if (~is_residue).any() and example["cell"] is None:
-        traces += _atoms(places[~is_residue], node_type[~is_residue])
-    elif example["cell"] is not None:
-        cell = np.asarray(example["cell"], dtype=float)
-        copies, shifts = _copies_on_the_border(np.asarray(example["positions"]), cell)
-        traces.append(_cell(cell))
-        traces += _atoms(places[copies] + shifts, node_type[copies])
-    length = 2.6 if is_residue.all() else 1.25
+    cell = None if example["cell"] is None else np.asarray(example["cell"], dtype=float)
+    traces = _solid(node_type, places, cell, np.asarray(example["positions"], dtype=float))
+    all_residues = is_residue(node_type).all()
+    length = 2.6 if all_residues else 1.25
     factor = float(length / max(np.sqrt((true**2).sum(1).mean()), 1e-9))
-    width = 0.13 if is_residue.all() else 0.05
+    width = 0.13 if all_residues else 0.05
     for name, noise, color in (("true", true, TRUE_COLOR), ("predicted", predicted, PREDICTED_COLOR)):
         mesh = _merge(_arrow(p, p - factor * d, width) for p, d in zip(places, noise, strict=True))
         traces.append(_mesh3d(mesh, color, name))
+    return _scene(traces, places, height), factor
+
+
+def weighed_figure(structure: Structure, weights: Sequence[float], height: int = 420) -> go.Figure:
+    """Draws a structure with a halo around its nodes, as large and as opaque as their weights are.
+
+    Args:
+        structure: any.
+        weights: [N], of which the largest has the fullest halo.
+        height: px.
+    """
+    shares = np.asarray(weights) / max(np.max(weights), 1e-30)
+    traces = _solid(structure.node_type, structure.positions, structure.cell, structure.positions)
+    ball = _sphere(1)
+    size = 1.6 if is_residue(structure.node_type).all() else 0.75
+    for place, share, weight in zip(structure.positions, shares, weights, strict=True):
+        if share > FAINTEST:
+            mesh = (place + size * share ** (1 / 3) * ball[0], ball[1])
+            halo = _mesh3d(mesh, PREDICTED_COLOR, f"weight {weight:.0%}")
+            halo.opacity = 0.12 + 0.4 * share
+            traces.append(halo)
+    return _scene(traces, structure.positions, height)
+
+
+def is_residue(node_type: np.ndarray) -> np.ndarray:
+    """[N] bool."""
+    return (node_type >= FIRST_RESIDUE) & (node_type < MASK)
+
+
+def _solid(
+    node_type: np.ndarray, places: np.ndarray, cell: np.ndarray | None, undisturbed: np.ndarray
+) -> list[go.Mesh3d]:
+    """Atoms with their bonds, chains, the unit cell; atoms on its border stand on all sides of it."""
+    residue = is_residue(node_type)
+    traces = []
+    if residue.any():
+        traces += _chain(places[residue], node_type[residue])
+    if (~residue).any() and cell is None:
+        traces += _atoms(places[~residue], node_type[~residue])
+    elif cell is not None:
+        copies, shifts = _copies_on_the_border(undisturbed, cell)
+        traces.append(_cell(cell))
+        traces += _atoms(places[copies] + shifts, node_type[copies])
+    return traces
+
+
+def _scene(traces: list[Any], places: np.ndarray, height: int) -> go.Figure:
+    """A figure that holds all traces, without axes."""
     figure = go.Figure(traces)
     points = np.concatenate([np.stack([trace.x, trace.y, trace.z], axis=1) for trace in traces])
     centre = (points.min(0) + points.max(0)) / 2
@@ -75,7 +117,7 @@ def structure_figure(example: dict[str, Any], height: int = 360) -> tuple[go.Fig
         showlegend=False,
         scene={**axes, "aspectmode": "cube", "camera": _camera(places)},
     )
-    return figure, factor
+    return figure
 
 
 def _camera(places: np.ndarray) -> dict[str, Any]:

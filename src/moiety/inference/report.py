@@ -126,7 +126,7 @@ def _results(files: RunFiles) -> Iterator[Section]:
             for row in results["losses"]
         ]
         parts.append(
-            _table(["domain", "objective", "first loss", "last loss", "trivial predictor", "below trivial"], rows)
+            table_html(["domain", "objective", "first loss", "last loss", "trivial predictor", "below trivial"], rows)
         )
         parts.append(
             "<p class=caption>The trivial predictor looks at nothing: it answers zero noise, zero strain, and for "
@@ -142,12 +142,12 @@ def _losses(files: RunFiles) -> Iterator[Section]:
     for objective, figure in loss_figures(files).items():
         title, text = OBJECTIVES.get(objective, (objective, ""))
         parts.append(
-            _figure(figure, title, f"{text} Faint: as logged. Bold: running mean. Dotted: the trivial predictor.")
+            figure_html(figure, title, f"{text} Faint: as logged. Bold: running mean. Dotted: the trivial predictor.")
         )
     if files.validation[0]:
         lowest = min(files.validation[1])
         text = f"Of held-out structures, at every checkpoint; lowest {lowest:.3g}: those weights were taken."
-        parts.append(_figure(series_figure(files.validation, "validation score"), "Validation", text))
+        parts.append(figure_html(series_figure(files.validation, "validation score"), "Validation", text))
     if parts:
         yield Section("losses", "Loss by domain and objective", "".join(parts))
 
@@ -171,7 +171,7 @@ def _structures(files: RunFiles) -> Iterator[Section]:
             f"{factor:.0f} times as long as the displacements. Error {example['error']:.2f} σ² (predicting nothing: "
             f"1).{legend}"
         )
-        parts.append(_figure(figure, example["domain"].capitalize(), caption, html_caption=True))
+        parts.append(figure_html(figure, example["domain"].capitalize(), caption, html_caption=True))
     yield Section("structures", "Denoising, seen", "".join(parts) + "</div>")
 
 
@@ -179,14 +179,14 @@ def _transfer(files: RunFiles) -> Iterator[Section]:
     pictures = []
     for target in summary(files)["targets"]:
         name = f"{target['target']}: {target['metric']} on the test set"
-        pictures.append(_figure(results_figure(target), name, "The same test set for every method."))
+        pictures.append(figure_html(results_figure(target), name, "The same test set for every method."))
     for prediction in files.predictions:
         metrics = ", ".join(f"{name} {value:.3g}" for name, value in prediction.get("metrics", {}).items())
         baselines = "".join(f"; {name} {value:.3g}" for name, value in prediction.get("baselines", {}).items())
         count = f"{len(prediction['true']):,} values of the {prediction.get('split', 'test')} set"
         title = f"{prediction['target']}, {prediction.get('method', prediction['directory'])}"
         figure = confusion_figure(prediction) if prediction.get("classes") else parity_figure(prediction)
-        pictures.append(_figure(figure, title, f"{count}. {metrics}{baselines}."))
+        pictures.append(figure_html(figure, title, f"{count}. {metrics}{baselines}."))
     if pictures:
         yield Section("transfer", "Transfer to labelled properties", f"<div class=grid>{''.join(pictures)}</div>")
 
@@ -196,11 +196,11 @@ def _speed(files: RunFiles) -> Iterator[Section]:
     for name, title in SERIES.items():
         curve = files.series(name)
         if curve[0]:
-            parts.append(_figure(series_figure(curve, title), title.capitalize(), ""))
+            parts.append(figure_html(series_figure(curve, title), title.capitalize(), ""))
     if parts:
         parts = [f"<div class=grid>{''.join(parts)}</div>"]
     if shares := time_shares(files):
-        parts.append(_figure(timing_figure(shares), "Where the time of a step goes", "Mean over the run, rank 0."))
+        parts.append(figure_html(timing_figure(shares), "Where the time of a step goes", "Mean over the run, rank 0."))
     if parts:
         yield Section("speed", "Speed", "".join(parts))
 
@@ -214,7 +214,7 @@ def _events(files: RunFiles) -> Iterator[Section]:
         rows.append([f"{event['step']:,}", escape(event["what"]), escape(", ".join(ids[:MOST_IDS])) + more])
     if rows:
         note = f"<p>{len(files.events)} in all, see events.jsonl; the last {len(rows)}:</p>"
-        yield Section("events", "Odd steps", note + _table(["step", "what", "structures"], rows, text=(1, 2)))
+        yield Section("events", "Odd steps", note + table_html(["step", "what", "structures"], rows, text=(1, 2)))
 
 
 def time_shares(files: RunFiles) -> dict[str, float]:
@@ -234,16 +234,16 @@ def _facts(files: RunFiles) -> Iterator[Section]:
             [escape(name), _domain(c["domain"]), f"{c['structures']:,}", f"{c['nodes']:,}", f"{100 * c['share']:.0f} %"]
             for name, c in corpora.items()
         ]
-        parts.append("<h3>Corpora</h3>" + _table(header, rows))
+        parts.append("<h3>Corpora</h3>" + table_html(header, rows))
     tables = {"Sizes and versions": {key: value for key, value in files.run.items() if key != "corpora"}}
     for metrics in files.metrics:
         hidden = ("results", "unit", "metric", "directory")
         tables[f"Fine-tuning in {metrics['directory']}"] = {k: v for k, v in metrics.items() if k not in hidden}
     for title, facts in tables.items():
         if facts:
-            parts.append(f"<h3>{escape(title)}</h3>" + _table(None, [list(row) for row in _flat(facts)]))
+            parts.append(f"<h3>{escape(title)}</h3>" + table_html(None, [list(row) for row in _flat(facts)]))
     if files.config:
-        table = _table(None, [list(row) for row in _flat(files.config)])
+        table = table_html(None, [list(row) for row in _flat(files.config)])
         parts.append(f"<details><summary>Configuration</summary>{table}</details>")
     if parts:
         yield Section("facts", "Data, sizes, versions", "".join(parts))
@@ -260,13 +260,13 @@ SECTIONS: tuple[Callable[[RunFiles], Iterator[Section]], ...] = (
 )
 
 
-def _figure(figure: go.Figure, title: str, caption: str, html_caption: bool = False) -> str:
+def figure_html(figure: go.Figure, title: str, caption: str, html_caption: bool = False) -> str:
     plot = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
     caption = caption if html_caption else escape(caption)
     return f"<figure><h3>{escape(title)}</h3>{plot}<figcaption>{caption}</figcaption></figure>"
 
 
-def _table(header: list[str] | None, rows: list[list[str]], text: tuple[int, ...] = (0, 1)) -> str:
+def table_html(header: list[str] | None, rows: list[list[str]], text: tuple[int, ...] = (0, 1)) -> str:
     """An HTML table; columns that are not in `text` hold numbers and are set flush right."""
 
     def cells(row: list[str], tag: str) -> str:

@@ -1,0 +1,184 @@
+"""Micro-batches of structures with rows of text: what is said of them, or asked and answered."""
+# Shapes: B structures, R rows, T text tokens, L of them whose next one is learned, A places where a structure stands.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moiety.bridge.facts import formula
+from moiety.bridge.rows import Row, with_wrong_ones
+from moiety.data.leak.proteins import sequence
+from moiety.data.structure import Structure
+from moiety.models.processing_bridge_moiety import PLACEHOLDER, MoietyBridgeProcessor, with_placeholders
+from moiety.models.resampler_moiety import query_counts
+from moiety.models.vocabulary_moiety import FIRST_RESIDUE
+from moiety.tokens.batch import Batch, collate
+
+UNSCORED = -100
+Write = Callable[[Sequence[Structure], np.random.Generator], list[Row]]
+See = Callable[[Structure], Structure]
+
+
+@dataclass(frozen=True)
+class Dialogue(Batch):
+    """A batch with rows of text, padded on the left.
+
+    `targets` has "answer" [R,L], the next token or UNSCORED; "about" [R], the structure that a row is scored under;
+    "right" [R], the row that a wrong one is held against, -1 of right ones; "number" [R,P], NaN where none is asked;
+    "caption" [R], of rows that are matched, not said; "statement" [R], of captions of one fact alone; "group" [B], the
+    same for partners, -1 where there are none.
+    """
+
+    input_ids: Tensor | None = None  # [R, T]
+    attention_mask: Tensor | None = None  # [R, T]
+    num_queries: Tensor | None = None  # [B]
+    structure_order: Tensor | None = None  # [A] structure
+    logits_to_keep: Tensor | None = None  # [L] places
+
+
+class Asking:
+    """Makes a Dialogue of structures; the n-th micro-batch of a run is asked the same whatever rank makes it."""
+
+    def __init__(
+        self, processor: MoietyBridgeProcessor, numbers: dict[str, Any], write: Write, contrast: bool = False,
+        mirrored: bool = False, see: See | None = None, string: bool = False,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            processor: of the model.
+            numbers: MoietyBridgeConfig.numbers.
+            write: rows for structures.
+            contrast: add rows with a partner of another answer in the place of the structure.
+            mirrored: half of what is not asked for its hand is shown in a mirror.
+            see: what the model sees of a structure, where that is not all of it.
+            string: formula and SMILES stand before the question, and no structure.
+        """
+        self._processor, self._numbers, self._write = processor, numbers, write
+        self._contrast, self._mirrored, self._see, self._string = contrast, mirrored, see, string
+
+    def __call__(self, structures: Sequence[Structure], rng: torch.Generator) -> Dialogue:
+        numpy_rng = np.random.default_rng(int(torch.randint(2**62, (), generator=rng)))
+        rows = self._write(structures, numpy_rng)
+        if self._contrast:
+            rows = with_wrong_ones(rows, structures)
+        shown = list(structures)
+        if self._mirrored:
+            hands = {row.about for row in rows if row.fact and row.fact.name == "handedness"}
+            hands |= {place for place, s in enumerate(structures) if s.groups.get("fact") == "handedness"}
+            flipped = numpy_rng.random(len(shown)) < 0.5
+            shown = [in_mirror(s) if flipped[p] and p not in hands else s for p, s in enumerate(shown)]
+        groups = [structure.groups.get("pair") for structure in structures]
+        return self.dialogue(shown, rows, groups)
+
+    def shown(self, structures: Sequence[Structure]) -> Batch:
+        """What the model sees of structures, packed."""
+        return packed([self._see(structure) for structure in structures] if self._see else structures)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._processor.tokenizer
+
+    def dialogue(
+        self, structures: Sequence[Structure], rows: Sequence[Row], groups: Sequence[str | None] = ()
+    ) -> Dialogue:
+        """The batch of these rows about these structures; partners are those of one group."""
+        if self._string:
+            rows = [in_a_string(row, structures) for row in rows]
+        batch = self.shown(structures)
+        queries = query_counts(batch.node_type, batch.graph_index, batch.pbc, self._processor.nodes_per_query)
+        order = [place for row in rows for place in row.read]
+        texts = [self._texts(row) for row in rows]
+        prompts = with_placeholders([prompt for prompt, _ in texts], queries[order].tolist())
+        tokenizer = self._processor.tokenizer
+        settings = {"add_special_tokens": False}
+        asked = tokenizer(prompts, **settings)["input_ids"]
+        said = tokenizer([answer for _, answer in texts], **settings)["input_ids"]
+        longest = max(len(a) + len(b) for a, b in zip(asked, said, strict=True))
+        kept = max(min(len(b) + 1, longest) for b in said)
+        ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+        there = torch.zeros(len(rows), longest, dtype=torch.long)
+        answer = torch.full((len(rows), kept), UNSCORED)
+        for number, (question, reply) in enumerate(zip(asked, said, strict=True)):
+            own = torch.tensor(question + reply)
+            ids[number, longest - len(own) :], there[number, longest - len(own) :] = own, 1
+            scored = reply if question else reply[1:]
+            answer[number, kept - 1 - len(scored) : kept - 1] = torch.tensor(scored)
+        seen = set(order)
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+        group = torch.tensor([numbers[name] if name else -1 for name in groups] or [-1] * len(structures))
+        values: dict[str, Any] = vars(batch) | {
+            "targets": batch.targets | self._targets(rows, answer) | {"group": group}
+        }
+        return Dialogue(
+            **values,
+            input_ids=ids,
+            attention_mask=there,
+            num_queries=torch.tensor([n if place in seen else 0 for place, n in enumerate(queries.tolist())]),
+            structure_order=torch.tensor(order, dtype=torch.long),
+            logits_to_keep=torch.arange(longest - kept, longest),
+        )
+
+    def _texts(self, row: Row) -> tuple[str, str]:
+        """What is given and what is learned of a row, in the words of the chat template."""
+        tokenizer = self._processor.tokenizer
+        if not row.question:
+            return "", f"{tokenizer.bos_token}{row.answer}{tokenizer.eos_token}"
+        asked = " ".join([PLACEHOLDER] * len(row.read) + [row.question])
+        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": row.answer}]
+        given = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        if not whole.startswith(given):
+            raise ValueError("the chat template writes a question otherwise once it is answered")
+        return given, whole[len(given) :]
+
+    def _targets(self, rows: Sequence[Row], answer: Tensor) -> dict[str, Tensor]:
+        numbers = torch.full((len(rows), len(self._numbers)), torch.nan)
+        for place, row in enumerate(rows):
+            if row.number:
+                name, value = row.number
+                scale = self._numbers[name]
+                numbers[place, list(self._numbers).index(name)] = (value - scale["mean"]) / scale["std"]
+        return {
+            "answer": answer,
+            "about": torch.tensor([row.about for row in rows]),
+            "right": torch.tensor([row.right for row in rows]),
+            "number": numbers,
+            "caption": torch.tensor([row.is_caption for row in rows]),
+            "statement": torch.tensor([row.is_statement for row in rows]),
+        }
+
+
+def in_a_string(row: Row, structures: Sequence[Structure]) -> Row:
+    """The row with what text says of its structures in their place."""
+    strings = [string_of(structures[place]) for place in row.read]
+    return replace(row, question=f"{'; '.join(strings)}: {row.question}", read=()) if strings else row
+
+
+def string_of(structure: Structure) -> str:
+    """Formula and SMILES without stereo, or the sequence: what a text can say of it."""
+    if structure.node_type.max() >= FIRST_RESIDUE:
+        return sequence(structure)
+    return " ".join([formula(structure), *structure.text[:1]])
+
+
+def packed(structures: Sequence[Structure]) -> Batch:
+    """A batch without edges; a pair of molecules is told to be a molecule, since no file says that it holds two."""
+    told = [replace(one, domain="molecule") if one.domain == "complex" else one for one in structures]
+    return collate(told)
+
+
+def in_mirror(structure: Structure) -> Structure:
+    """Its mirror image."""
+    flip = np.array([-1, 1, 1])
+    return replace(
+        structure,
+        positions=structure.positions * flip,
+        cell=None if structure.cell is None else structure.cell * flip,
+        node_vectors=None if structure.node_vectors is None else structure.node_vectors * flip,
+    )

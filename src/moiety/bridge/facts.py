@@ -1,0 +1,168 @@
+"""What can be asked of a structure, and what is true of it: facts that code computes, in three classes.
+
+A is known from the composition, B from who is bonded to whom, C from the geometry alone: partners of one composition
+have different answers (data_recipes/isomers.py), so only C proves that a structure is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from ase.data import atomic_names, chemical_symbols
+from ase.formula import Formula
+from rdkit import Chem, rdBase
+from rdkit.Chem import rdMolDescriptors
+
+from moiety.data.splits import place
+from moiety.data.structure import Structure
+from moiety.models.vocabulary_moiety import FIRST_RESIDUE
+
+ASKED_ELEMENTS = (1, 6, 7, 8, 9, 16, 17, 35)  # for which a molecule may be asked in vain
+MOST = 12  # what is counted beyond it is not asked
+YES, NO = "yes", "no"
+GROUPS = {  # name with its article -> SMARTS
+    "an alcohol": "[CX4][OX2H]",
+    "an amine": "[NX3;H2,H1,H0;!$(NC=[O,S,N]);!$(N~[!#6;!#1])]",
+    "a carbonyl group": "[CX3]=[OX1]",
+    "a nitrile": "C#N",
+    "an ether": "[OX2;!$(OC=O)]([#6])[#6]",
+    "a triple bond": "*#*",
+    "an amide": "[NX3][CX3]=[OX1]",
+    "a carboxylic acid": "[CX3](=O)[OX2H]",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question about one structure, and its answer.
+
+    Attributes:
+        name: of the entry in questions.yaml.
+        kind: A, B or C; T of what is asked of two structures, N for a number that a head says.
+        answer: the words; of a number, its name.
+        about: what stands in the braces of the question.
+        choices: all answers that are possible; () where there are too many to list.
+        value: of a number.
+    """
+
+    name: str
+    kind: str
+    answer: str
+    about: Mapping[str, str]
+    choices: tuple[str, ...] = ()
+    value: float | None = None
+
+
+WIDER = Fact("wider", "T", "", {}, ("the first", "the second"))  # asked of two conformers
+CHOICES = {  # of class C
+    "handedness": ("R", "S"),
+    "double_bond": ("E", "Z"),
+    "extent": ("extended", "compact"),
+    "coordination": ("4", "6", "8"),
+    "contact": ("touching", "apart"),
+    "fold": ("helical", "not helical"),
+}
+MATTER = {"molecule": "a molecule", "complex": "a pair of molecules", "crystal": "a crystal", "protein": "a protein"}
+NUMBERS = {  # what number heads say: their scale, by which they are learned, is about that of QM9
+    "gap": {"mean": 6.8, "std": 1.3, "unit": "eV"},
+    "dipole": {"mean": 2.7, "std": 1.5, "unit": "D"},
+}
+ABSTAIN = "<abstain>"  # what is answered where a question does not fit
+FITS = {  # domains of which a question makes sense; others may be asked anywhere
+    **dict.fromkeys(("rings", "aromatic", "donors", "group", "gap", "dipole", "extent", "double_bond"), "molecule"),
+    "handedness": "molecule",
+    "coordination": "crystal",
+    "contact": "complex",
+    "fold": "protein",
+}
+KEPT_BACK = 0.1  # of the combinations of a question and of elements: they are asked in tests alone
+
+
+def facts_of(structure: Structure, rng: np.random.Generator) -> Iterator[Fact]:
+    """Everything that can be asked of a structure; where a fact has many subjects (elements, groups), one is drawn."""
+    yield from _of_composition(structure, rng)
+    if structure.domain == "molecule" and structure.text and (graph := _graph(structure.text[0])) is not None:
+        yield from _of_bonds(graph, rng)
+    if (fact := structure.groups.get("fact")) in CHOICES:
+        yield Fact(fact, "C", structure.groups["answer"], {}, CHOICES[fact])
+    for name in NUMBERS:
+        if structure.source == "qm9" and name in structure.scalars:
+            yield Fact(name, "N", name, {}, value=structure.scalars[name])
+
+
+def _of_composition(structure: Structure, rng: np.random.Generator) -> Iterator[Fact]:
+    yield Fact("matter", "A", MATTER[structure.domain], {}, tuple(MATTER.values()))
+    types, counts = np.unique(structure.node_type, return_counts=True)
+    if types.max() >= FIRST_RESIDUE:
+        return
+    yield Fact("elements", "A", str(len(types)), {})
+    yield Fact("heaviest", "A", element(types.max()), {})
+    there = bool(rng.random() < 0.5)
+    missing = [number for number in ASKED_ELEMENTS if number not in types]
+    asked = rng.choice(types) if there or not missing else rng.choice(missing)
+    yield Fact("contains", "A", YES if asked in types else NO, {"element": element(asked)}, (YES, NO))
+    if structure.domain == "molecule":
+        few = [(number, count) for number, count in zip(types, counts, strict=True) if count <= MOST]
+        if few:
+            number, count = few[rng.integers(len(few))]
+            yield Fact("count", "A", str(count), {"element": element(number)})
+
+
+def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
+    yield Fact("rings", "B", str(rdMolDescriptors.CalcNumRings(graph)), {})
+    aromatic = any(atom.GetIsAromatic() for atom in graph.GetAtoms())
+    yield Fact("aromatic", "B", YES if aromatic else NO, {}, (YES, NO))
+    yield Fact("donors", "B", str(rdMolDescriptors.CalcNumHBD(graph)), {})
+    held = [name for name, pattern in _patterns().items() if graph.HasSubstructMatch(pattern)]
+    others = [name for name in GROUPS if name not in held]
+    asked = held if held and (rng.random() < 0.5 or not others) else others
+    name = asked[rng.integers(len(asked))]
+    yield Fact("group", "B", YES if name in held else NO, {"group": name}, (YES, NO))
+
+
+def element(number: int) -> str:
+    """Its English name, in small letters."""
+    return atomic_names[number].lower()
+
+
+@lru_cache(maxsize=100_000)
+def _graph(smiles: str) -> Chem.Mol | None:
+    with rdBase.BlockLogs():
+        return Chem.MolFromSmiles(smiles)
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> dict[str, Chem.Mol]:
+    return {name: Chem.MolFromSmarts(smarts) for name, smarts in GROUPS.items()}
+
+
+def unfit(structure: Structure, rng: np.random.Generator) -> Fact:
+    """A question that makes no sense of this structure."""
+    names = [name for name, domain in FITS.items() if domain != structure.domain]
+    name = names[rng.integers(len(names))]
+    groups = list(GROUPS)
+    return Fact(name, "X", ABSTAIN, {"group": groups[rng.integers(len(groups))]} if name == "group" else {})
+
+
+def is_kept_back(fact: Fact, structure: Structure) -> bool:
+    """Whether this question of structures of these elements is for tests: who answers it has not seen the two together.
+
+    Residues stand for no elements: of proteins nothing is kept back.
+    """
+    elements = np.unique(structure.node_type).tolist()
+    if elements[-1] >= FIRST_RESIDUE:
+        return False
+    return place(f"{fact.name}:{sorted(fact.about.values())}:{elements}", "kept back") < KEPT_BACK
+
+
+def formula(structure: Structure) -> str:
+    """By Hill's order, of the whole structure or of a crystal's smallest unit."""
+    whole = Formula.from_list([chemical_symbols[number] for number in structure.node_type])
+    return (whole.reduce()[0] if structure.periodic else whole).format("hill")
+
+
+def capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,160 @@
+"""What the stages of the bridge learn: to answer, to tell a right structure from a wrong one, to say numbers, to match.
+
+All score rows of a `Dialogue` under the structures that the rows are about.
+"""
+# Shapes: B structures, R rows, S = B, L scored tokens, V words, P properties.
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moiety.bridge.dialogue import UNSCORED, Dialogue
+from moiety.objectives.base import Objective
+
+UNLIKELY = 1e4  # nats, for what takes no part in a softmax
+
+
+class OfRows(Objective):
+    """An objective that has a loss of each row [R], and counts those it applies to."""
+
+    def __init__(self, name: str, weight: float = 1.0):
+        self.name, self.weight = name, weight
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        """[R] bool."""
+        raise NotImplementedError
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        """[R], anything where it does not apply."""
+        raise NotImplementedError
+
+    def scored(self, batch: Any) -> Tensor:
+        return by_structure(self.applies(batch).to(batch.positions), batch)
+
+    def loss_sum(self, output: Any, batch: Any) -> Tensor:
+        losses_R = self.row_losses(output, batch)
+        return by_structure(torch.where(self.applies(batch), losses_R, 0.0).to(batch.positions.dtype), batch)
+
+
+class Answering(OfRows):
+    """Negative log-likelihood (nats) of a token of the right answers, a mean over each answer."""
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return (batch.targets["right"] < 0) & ~batch.targets["caption"]
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        count_R = (batch.targets["answer"] != UNSCORED).sum(1).clamp(min=1)
+        return -log_likelihood(output.logits, batch.targets["answer"]) / count_R
+
+
+class Preference(OfRows):
+    """Softplus of what a wrong structure lacks to make the right answer `margin` nats less likely than the right one.
+
+    A language model that ignores the structure gives both the same likelihood: it loses softplus(margin).
+    """
+
+    def __init__(self, name: str, margin: float = 2.0, weight: float = 1.0):
+        super().__init__(name, weight)
+        self.margin = margin
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return batch.targets["right"] >= 0
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        likelihood_R = log_likelihood(output.logits, batch.targets["answer"])
+        right_R = likelihood_R[batch.targets["right"].clamp(min=0)]
+        return functional.softplus(self.margin - (right_R - likelihood_R))
+
+    def trivial_loss(self, node_type: Tensor) -> float:
+        return math.log1p(math.exp(self.margin))
+
+
+class Numbers(OfRows):
+    """Negative log-likelihood of a measured number under the Gaussian that its head says where its token stands.
+
+    Weighted by sigma (beta-NLL with beta = 1/2: Seitzer et al., arXiv 2203.09168), so that hard structures are learned
+    from, too.
+    """
+
+    def __init__(self, name: str, tokens: list[int], weight: float = 1.0):
+        """`tokens`: of the properties, in their order."""
+        super().__init__(name, weight)
+        self.tokens = tokens
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return (batch.targets["right"] < 0) & ~batch.targets["number"].isnan().all(1)
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        assert batch.input_ids is not None
+        target_RP = batch.targets["number"].to(output.number_values.dtype)
+        here_RTP = batch.input_ids.unsqueeze(-1) == torch.tensor(self.tokens, device=batch.input_ids.device)
+        value_RP, log_sigma_RP = (
+            torch.where(here_RTP, said, 0).sum(1) for said in (output.number_values, output.number_log_sigmas)
+        )
+        error_RP = torch.nan_to_num(target_RP - value_RP)
+        loss_RP = 0.5 * (error_RP * torch.exp(-log_sigma_RP)).square() + log_sigma_RP
+        loss_RP = loss_RP * log_sigma_RP.exp().detach()
+        return torch.where(target_RP.isnan(), 0.0, loss_RP).sum(1)
+
+
+class Contrast(OfRows):
+    """Cross-entropy between structures and the texts of a micro-batch, both ways (Radford et al., arXiv 2103.00020).
+
+    Texts in the same words are one. Statements of one fact are left out: they are true of many structures.
+    """
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return batch.targets["caption"] & ~batch.targets["statement"]
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        assert batch.input_ids is not None
+        logits_SR = output.structure_embeds @ output.text_embeds.T
+        logits_SR = logits_SR.masked_fill(batch.targets["statement"], -UNLIKELY)
+        about_R = batch.targets["about"]
+        same_RR = (batch.input_ids.unsqueeze(0) == batch.input_ids.unsqueeze(1)).all(-1)
+        of_text_R = -torch.logsumexp(logits_SR.log_softmax(1)[about_R].masked_fill(~same_RR, -torch.inf), dim=1)
+        own_SR = torch.zeros_like(logits_SR).index_add(0, about_R, same_RR.to(logits_SR)) > 0
+        of_structure_R = -torch.logsumexp(logits_SR.log_softmax(0).masked_fill(~own_SR, -torch.inf), dim=0)
+        return (of_text_R + of_structure_R) / 2
+
+
+class Matching(OfRows):
+    """Cross-entropy of a structure over its own text and those of its partners, which have the same composition."""
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return batch.targets["caption"] & (self._rivals(batch).sum(1) > 1)
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        logits_RR = (output.structure_embeds @ output.text_embeds.T)[batch.targets["about"]]
+        logits_RR = logits_RR.masked_fill(~self._rivals(batch), -torch.inf)
+        return -logits_RR.log_softmax(1).diagonal()
+
+    def _rivals(self, batch: Dialogue) -> Tensor:
+        """[R,R] bool: rows about partners, in other words, that say as much; and the row itself."""
+        assert batch.input_ids is not None
+        group_R = batch.targets["group"][batch.targets["about"]]
+        partners_RR = (group_R.unsqueeze(0) == group_R.unsqueeze(1)) & (group_R >= 0)
+        statement_R, about_R = batch.targets["statement"], batch.targets["about"]
+        partners_RR = partners_RR & (statement_R.unsqueeze(0) == statement_R.unsqueeze(1))
+        partners_RR = partners_RR & (about_R.unsqueeze(0) != about_R.unsqueeze(1))
+        same_RR = (batch.input_ids.unsqueeze(0) == batch.input_ids.unsqueeze(1)).all(-1)
+        return partners_RR & ~same_RR | torch.eye(len(group_R), dtype=torch.bool, device=group_R.device)
+
+
+def by_structure(values_R: Tensor, batch: Dialogue) -> Tensor:
+    """[B] sums over the rows about each structure."""
+    return values_R.new_zeros(batch.num_structures).index_add(0, batch.targets["about"], values_R)
+
+
+def log_likelihood(logits_RLV: Tensor, answer_RL: Tensor) -> Tensor:
+    """[R] sum over the scored tokens, nats."""
+    loss = functional.cross_entropy(logits_RLV.flatten(0, 1).float(), answer_RL.flatten(), reduction="none")
+    return -loss.reshape(answer_RL.shape).sum(1)
+
+
+__all__ = ["Answering", "Contrast", "Matching", "Numbers", "OfRows", "Preference", "log_likelihood"]

@@ -1,0 +1,206 @@
+"""What is written about the structures of a micro-batch: captions, questions with answers, and prose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from moiety.bridge.facts import ABSTAIN, WIDER, Fact, facts_of, formula, is_kept_back, unfit
+from moiety.bridge.questions import caption, question
+from moiety.data.structure import Structure
+from moiety.models.processing_bridge_moiety import PLACEHOLDER
+from moiety.models.vocabulary_moiety import FIRST_RESIDUE
+
+PROSE = "prose"  # source of what stands for a text without a structure
+NAMED = "named"  # the entry of `Structure.groups` of what has a text of its own: a name, or a
+DESCRIBED = "description"
+CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
+PHRASES = 3  # in which what tells partners apart is said, of each structure
+MOST_SAID = 3  # facts of a caption, besides the one of class C
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of text.
+
+    Attributes:
+        about: place in the batch of the structure that it is scored under.
+        answer: what is learned.
+        question: what it answers; "" where the answer stands by itself.
+        read: places of the structures that stand before the question.
+        right: the row that says the same of the right structure, of a row that does not; -1 else.
+        number: what is measured where the answer is a number.
+        fact: what is asked.
+        is_caption: stands beside the structure that it is about, unread, to be found by it.
+        is_statement: a caption that says nothing but the fact that tells the structure from its partners.
+    """
+
+    about: int
+    answer: str
+    question: str = ""
+    read: tuple[int, ...] = ()
+    right: int = -1
+    number: tuple[str, float] | None = None
+    fact: Fact | None = None
+    is_caption: bool = False
+    is_statement: bool = False
+
+
+class Writer:
+    """Rows of one kind of text for structures; the same random numbers, the same rows."""
+
+    def __init__(
+        self,
+        text: str,
+        split: str = "train",
+        geometric: float = 0.6,
+        numeric: float = 0.4,
+        unfitting: float = 0.04,
+        described: float = 0.1,
+        captioned: float = 0.3,
+        stated: float = 0.7,
+        told: float = 0.9,
+        comparing: float = 0.3,
+    ) -> None:
+        """
+        Args:
+            text: captions | questions | both | words: both as plain text, beside which no structure stands.
+            split: whose sentences are used; combinations that are kept back are asked in others than "train" alone.
+            geometric: chance that a structure with a fact of class C is asked for that.
+            numeric: chance that one with numbers is asked for one of them.
+            unfitting: chance of a question that makes no sense of it.
+            described: chance that a description is asked for.
+            captioned: of both, the share of micro-batches with captions; half as many in words alone.
+            comparing: chance that two conformers are compared, besides what is asked of each.
+            told: chance that in words alone a description stands before a question, from which it can be answered.
+            stated: share of the micro-batches of partners whose captions say nothing but what tells them apart.
+        """
+        self.text, self.split = text, split
+        self.geometric, self.numeric = geometric, numeric
+        self.unfitting, self.described = unfitting, described
+        self.captioned = {CAPTIONS: 1.0, QUESTIONS: 0.0, BOTH: captioned, WORDS: captioned / 2}[text]
+        self.stated, self.told, self.comparing = stated, told, comparing
+
+    def __call__(self, structures: Sequence[Structure], rng: np.random.Generator) -> list[Row]:
+        in_captions = rng.random() < self.captioned
+        if in_captions and all("answer" in structure.groups for structure in structures) and rng.random() < self.stated:
+            places = range(len(structures))
+            return [statement_row(structures[place], place, rng) for place in places for _ in range(PHRASES)]
+        rows = [self._row(place, structure, in_captions, rng) for place, structure in enumerate(structures)]
+        if self.text == WORDS:
+            return [self._in_words(row, structures[row.about], rng) for row in rows]
+        if not in_captions:
+            rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
+        return rows
+
+    def _in_words(self, row: Row, structure: Structure, rng: np.random.Generator) -> Row:
+        """The row as plain text; before what is asked a description that says it may stand in the structure's place."""
+        asked = row.question
+        if row.fact is not None and rng.random() < self.told:
+            fact = row.fact if row.fact.kind in "ABC" else None
+            asked = f"{self.described_as(structure, rng, fact)} {asked}"
+        return replace(row, question=asked, read=(), number=None, is_caption=False)
+
+    def _row(self, place: int, structure: Structure, in_captions: bool, rng: np.random.Generator) -> Row:
+        if structure.source == PROSE:
+            return Row(place, structure.text[0])
+        if kind := structure.groups.get(NAMED):
+            return self._named(place, structure, kind, in_captions, rng)
+        if in_captions:
+            return Row(place, self.described_as(structure, rng), is_caption=True)
+        draw = rng.random()
+        if draw < self.described:
+            asked = question(Fact("caption", "", "", {}), self.split, rng)
+            return Row(place, self.described_as(structure, rng), asked, (place,))
+        if draw < self.described + self.unfitting:
+            return unfit_row(structure, place, self.split, rng)
+        return asking(self.drawn(structure, rng), place, self.split, rng)
+
+    def _named(self, place: int, structure: Structure, kind: str, in_captions: bool, rng: np.random.Generator) -> Row:
+        """By its own text."""
+        text = structure.text[rng.integers(len(structure.text))]
+        if in_captions:
+            return Row(place, text, is_caption=True)
+        asked = question(Fact("caption" if kind == DESCRIBED else "name", "", "", {}), self.split, rng)
+        return Row(place, text, asked, (place,))
+
+    def drawn(self, structure: Structure, rng: np.random.Generator) -> Fact:
+        """A fact that may be asked."""
+        facts = list(facts_of(structure, rng))
+        allowed = [f for f in facts if self.split != "train" or not is_kept_back(f, structure)] or facts[:1]
+        for kind, chance in (("C", self.geometric), ("N", self.numeric)):
+            of_kind = [fact for fact in allowed if fact.kind == kind]
+            if of_kind and rng.random() < chance:
+                return of_kind[rng.integers(len(of_kind))]
+        return allowed[rng.integers(len(allowed))]
+
+    def described_as(self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None) -> str:
+        """What it is, its formula, the fact of class C where there is one, what is asked, and a few others."""
+        what, *others = (fact for fact in facts_of(structure, rng) if fact.kind != "N")
+        geometric = [fact for fact in others if fact.kind == "C"]
+        more = [fact for fact in others if fact.kind != "C" and (asked is None or fact.name != asked.name)]
+        chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(MOST_SAID + 1)]]
+        if asked is not None and asked.kind != "C" and asked.name != what.name:
+            chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
+        said = caption([what, *chosen, *geometric], rng)
+        return said if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {said}"
+
+
+def asking(fact: Fact, place: int, split: str, rng: np.random.Generator) -> Row:
+    """The fact as a question about the structure at a place of the batch."""
+    if fact.value is not None:
+        said, number = number_token(fact.name), (fact.name, fact.value)
+    else:
+        said, number = fact.answer, None
+    return Row(place, said, question(fact, split, rng), (place,), number=number, fact=fact)
+
+
+def statement_row(structure: Structure, place: int, rng: np.random.Generator) -> Row:
+    """What tells a structure from its partners, said alone."""
+    geometric = [fact for fact in facts_of(structure, rng) if fact.kind == "C"]
+    return Row(place, caption(geometric, rng), is_caption=True, is_statement=True)
+
+
+def unfit_row(structure: Structure, place: int, split: str, rng: np.random.Generator) -> Row:
+    """A question that makes no sense of the structure, and the answer that says so."""
+    return asking(unfit(structure, rng), place, split, rng)
+
+
+def compared(structures: Sequence[Structure], split: str, rng: np.random.Generator) -> list[Row]:
+    """For two conformers that stand one after the other: which of them is more extended, in either order."""
+    rows = []
+    for place, (one, two) in enumerate(pairwise(structures)):
+        if one.groups.get("fact") == "extent" and one.groups["pair"] == two.groups.get("pair"):
+            read = (place, place + 1) if rng.random() < 0.5 else (place + 1, place)
+            answer = WIDER.choices[structures[read[0]].groups["answer"] != "extended"]
+            rows.append(Row(place, answer, question(WIDER, split, rng), read, fact=replace(WIDER, answer=answer)))
+    return rows
+
+
+def with_wrong_ones(rows: Sequence[Row], structures: Sequence[Structure]) -> list[Row]:
+    """The rows, and those about geometry again with a partner of another answer in the place of the structure."""
+    answers = {place: structure.groups.get("answer") for place, structure in enumerate(structures)}
+    partners: dict[str, list[int]] = {}
+    for place, structure in enumerate(structures):
+        if "pair" in structure.groups:
+            partners.setdefault(structure.groups["pair"], []).append(place)
+    wrong = []
+    for number, row in enumerate(rows):
+        if row.fact is None or row.fact.kind != "C":
+            continue
+        others = [p for p in partners[structures[row.about].groups["pair"]] if answers[p] != row.fact.answer]
+        wrong += [Row(row.about, row.answer, row.question, (other,), number) for other in others[:1]]
+    return [*rows, *wrong]
+
+
+def number_token(name: str) -> str:
+    """That a number head speaks at."""
+    return f"<num:{name}>"
+
+
+def special_tokens(numbers: Sequence[str]) -> list[str]:
+    """What the bridge adds to a tokenizer."""
+    return [PLACEHOLDER, ABSTAIN, *(number_token(name) for name in numbers)]
