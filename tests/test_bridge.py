@@ -1,0 +1,263 @@
+"""Facts, questions and micro-batches of the text bridge: what is asked is true, and what is scored is the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moiety.bridge.dialogue import UNSCORED, Asking, in_mirror, string_of
+from moiety.bridge.facts import ABSTAIN, CHOICES, FITS, NUMBERS, facts_of, formula, is_kept_back, unfit
+from moiety.bridge.new import new_bridge
+from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
+from moiety.bridge.questions import expanded, sentences, statements
+from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Row, Writer, asking, compared, with_wrong_ones
+from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
+from moiety.bridge.stages import blinded, composition_only
+from moiety.data.shards import Corpus
+from moiety.data.structure import Structure
+from moiety.data.texts import TextCorpus
+from moiety.errors import InputError
+from moiety.tokens.batch import with_neighbors
+
+CORPORA = Path(__file__).parent / "data/corpora"
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def isomers() -> list[Structure]:
+    return list(Corpus.open(CORPORA / "isomers", split="train"))
+
+
+@pytest.fixture(scope="module")
+def bridge(base: Path) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    return new_bridge(base, new_language=SMALL, bridge={"hidden_size": 32})
+
+
+def asker(bridge: tuple[Any, Any], text: str = QUESTIONS, **settings: Any) -> Asking:
+    model, processor = bridge
+    return Asking(processor, model.config.numbers, Writer(text), **settings)
+
+
+def batch_of(bridge: tuple[Any, Any], structures: list[Structure], text: str = QUESTIONS, **settings: Any) -> Any:
+    batch = asker(bridge, text, **settings)(structures, torch.Generator().manual_seed(0))
+    return with_neighbors(batch, bridge[0].config.cutoff)
+
+
+# facts
+
+
+def test_partners_differ_in_their_answer_alone(isomers: list[Structure]) -> None:
+    pairs: dict[str, list[Structure]] = {}
+    for structure in isomers:
+        pairs.setdefault(structure.groups[PAIR], []).append(structure)
+    assert {structure.groups["fact"] for structure in isomers} == set(CHOICES)
+    for partners in pairs.values():
+        assert len({one.groups["answer"] for one in partners}) == len(partners) in (2, 3)
+        assert len({one.node_type.tobytes() for one in partners}) == 1
+
+
+def test_handed_partners_are_mirror_images(isomers: list[Structure]) -> None:
+    hands = [one for one in isomers if one.groups["fact"] == "handedness"]
+    first = hands[0]
+    partner = next(one for one in hands[1:] if one.groups[PAIR] == first.groups[PAIR])
+    np.testing.assert_allclose(in_mirror(first).positions, partner.positions, atol=1e-6)
+
+
+def test_facts_are_true_of_ethanol() -> None:
+    ethanol = Structure(np.array([6, 6, 8, *[1] * 6]), np.random.default_rng(0).normal(size=(9, 3)), text=["CCO"])
+    told = {}
+    for seed in range(60):
+        for fact in facts_of(ethanol, np.random.default_rng(seed)):
+            told[fact.name, *fact.about.values()] = fact.answer
+    assert told["elements",] == "3" and told["heaviest",] == "oxygen" and told["count", "hydrogen"] == "6"
+    assert told["contains", "oxygen"] == "yes" and told["contains", "chlorine"] == "no"
+    assert told["rings",] == "0" and told["aromatic",] == "no" and told["donors",] == "1"
+    assert told["group", "an alcohol"] == "yes" and told["group", "an ether"] == "no"
+    assert formula(ethanol) == "C2H6O"
+
+
+def test_a_question_that_does_not_fit_is_of_another_domain(isomers: list[Structure]) -> None:
+    for structure in isomers:
+        fact = unfit(structure, np.random.default_rng(0))
+        assert fact.answer == ABSTAIN and FITS[fact.name] != structure.domain
+
+
+# questions
+
+
+def test_every_fact_has_forty_ways_to_be_asked_and_none_is_in_both_splits() -> None:
+    names = {name for name in sentences() if name not in ("caption", "count", "rings")}
+    assert names >= {*CHOICES, *NUMBERS}
+    for name, by_split in sentences().items():
+        assert not {one.lower() for one in by_split["train"]} & {one.lower() for one in by_split["test"]}
+        assert len({*by_split["train"], *by_split["test"]}) >= 30, name
+    for name in names:
+        assert len({*sentences()[name]["train"], *sentences()[name]["test"]}) >= 40, name
+    assert set(CHOICES) <= {name for name, _ in statements()}
+
+
+def test_frames_expand_to_all_their_sentences() -> None:
+    assert expanded("[Is|Was] it [so|]?") == ["Is it so?", "Is it?", "Was it so?", "Was it?"]
+
+
+def test_training_never_asks_what_is_kept_back() -> None:
+    structures = list(Corpus.open(CORPORA / "qm9", split="train"))
+    rng = np.random.default_rng(0)
+    back = [one for s in structures for one in facts_of(s, rng) if is_kept_back(one, s)]
+    assert back
+    for _ in range(10):
+        for row in Writer(QUESTIONS, described=0, unfitting=0)(structures, rng):
+            assert row.fact is not None and not is_kept_back(row.fact, structures[row.about])
+
+
+# micro-batches
+
+
+def test_what_is_scored_is_the_answer(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
+    model, processor = bridge
+    rows = [Row(0, "R", "Is it R or S?", (0,)), Row(1, "extended", "How is it?", (1,)), Row(1, "Some prose.")]
+    batch = asker(bridge).dialogue(isomers[:2], rows)
+    for number, said in enumerate((" R</s>", " extended</s>", "Some prose.</s>")):
+        scored = batch.targets["answer"][number]
+        assert processor.tokenizer.decode(scored[scored != UNSCORED]) == said
+        places = batch.logits_to_keep[scored != UNSCORED]
+        assert torch.equal(batch.input_ids[number, places + 1], scored[scored != UNSCORED])
+    placeholders = (batch.input_ids == model.config.structure_token_id).sum(1)
+    assert placeholders.tolist() == [*(batch.num_queries + 2).tolist(), 0]
+
+
+def test_the_same_micro_batch_is_asked_the_same(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
+    one, two = (batch_of(bridge, isomers[:6], BOTH, mirrored=True) for _ in range(2))
+    assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.positions, two.positions)
+
+
+def test_a_wrong_row_shows_the_partner(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
+    pair = [one for one in isomers if one.groups["fact"] == "contact"][:2]
+    facts = [next(fact for fact in facts_of(s, np.random.default_rng(0)) if fact.kind == "C") for s in pair]
+    rows = [asking(fact, place, "train", np.random.default_rng(0)) for place, fact in enumerate(facts)]
+    right, other, *wrong = with_wrong_ones(rows, pair)
+    assert [(row.read, row.answer, row.right) for row in wrong] == [((1,), right.answer, 0), ((0,), other.answer, 1)]
+    batch = asker(bridge).dialogue(pair, [right, other, *wrong])
+    assert batch.structure_order.tolist() == [0, 1, 1, 0]
+
+
+def test_a_bridge_that_ignores_the_structure_loses_the_margin(
+    bridge: tuple[Any, Any], isomers: list[Structure]
+) -> None:
+    model, _ = bridge
+    pair = [one for one in isomers if one.groups["fact"] == "contact"][:2]
+    batch = batch_of(bridge, pair * 2, contrast=True, see=blinded)
+    preference = Preference("preference", margin=2.0)
+    scored = preference.scored(batch)
+    if not scored.sum():
+        pytest.skip("no question of geometry was drawn")
+    loss = preference.loss_sum(model(**batch.inputs()), batch).sum() / scored.sum()
+    assert loss.item() == pytest.approx(preference.trivial_loss(batch.node_type), abs=1e-3)
+
+
+def test_two_conformers_are_compared_in_both_orders(isomers: list[Structure]) -> None:
+    pair = [one for one in isomers if one.groups["fact"] == "extent"][:2]
+    seen = set()
+    for seed in range(8):
+        (row,) = compared(pair, "test", np.random.default_rng(seed))
+        wider = pair[row.read[0 if row.answer == "the first" else 1]]
+        assert wider.groups["answer"] == "extended"
+        seen.add(row.read)
+    assert seen == {(0, 1), (1, 0)}
+    assert compared(isomers[:1] + pair[:1], "test", np.random.default_rng(0)) == []
+
+
+def test_in_words_alone_an_answer_can_be_read_from_the_description(isomers: list[Structure]) -> None:
+    writer = Writer(WORDS, "test", described=0.0, unfitting=0.0, captioned=0.0, told=1.0, geometric=1.0)
+    rows = writer(isomers, np.random.default_rng(0))
+    for row, structure in zip(rows, isomers, strict=True):
+        assert row.read == () and not row.is_caption
+        assert row.answer == structure.groups["answer"] and row.answer in row.question
+
+
+def test_statements_say_what_tells_partners_apart_and_nothing_else(isomers: list[Structure]) -> None:
+    rows = Writer(CAPTIONS, stated=1.0)(isomers, np.random.default_rng(0))
+    assert {row.about for row in rows} == set(range(len(isomers)))
+    assert all(row.is_statement and isomers[row.about].groups["answer"] in row.answer for row in rows)
+
+
+def test_matching_and_contrast_know_a_perfect_space(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
+    written = Asking(bridge[1], bridge[0].config.numbers, Writer(CAPTIONS, stated=0.0))
+    batch = with_neighbors(written(isomers[:8], torch.Generator().manual_seed(0)), bridge[0].config.cutoff)
+    same = (batch.input_ids[:, None] == batch.input_ids[None]).all(-1).float()
+
+    class Perfect:
+        structure_embeds, text_embeds = torch.eye(8), 50 * same
+
+    for objective in (Contrast("contrast"), Matching("matching")):
+        assert objective.loss_sum(Perfect, batch).sum() < 1e-3
+        assert objective.scored(batch).sum() > 0
+    assert Answering("answering").scored(batch).sum() == 0
+
+
+def test_numbers_are_scored_where_their_token_stands(bridge: tuple[Any, Any]) -> None:
+    model, _ = bridge
+    structures = list(Corpus.open(CORPORA / "qm9", split="train"))[:4]
+    rng = np.random.default_rng(0)
+    rows = [asking(f, n, "train", rng) for n, s in enumerate(structures) for f in facts_of(s, rng) if f.name == "gap"]
+    batch = with_neighbors(asker(bridge).dialogue(structures, rows), model.config.cutoff)
+    tokens = [scale["token_id"] for scale in model.config.numbers.values()]
+    objective = Numbers("numbers", tokens=tokens)
+    output = model(**batch.inputs())
+    assert objective.scored(batch).tolist() == [1.0] * len(rows)
+    place = list(model.config.numbers).index("gap")
+    here = batch.input_ids == tokens[place]
+    output.number_values = torch.zeros_like(output.number_values)
+    output.number_log_sigmas = torch.zeros_like(output.number_log_sigmas)
+    output.number_values[..., place][here] = batch.targets["number"][:, place].float()
+    assert objective.loss_sum(output, batch).abs().max() < 1e-6
+
+
+def test_controls_see_what_they_should(isomers: list[Structure]) -> None:
+    one, two = (s for s in isomers if s.groups[PAIR] == isomers[0].groups[PAIR])
+    np.testing.assert_array_equal(composition_only(one).positions, composition_only(two).positions)
+    np.testing.assert_array_equal(composition_only(one).node_type, composition_only(two).node_type)
+    assert blinded(one).num_nodes == 1 and string_of(one) == string_of(two)
+
+
+# sources
+
+
+def test_partners_are_read_together(isomers: list[Structure]) -> None:
+    corpus = Corpus.open(CORPORA / "isomers", split="train")
+    together = Together.partners(corpus)
+    assert together.num_nodes.sum() == corpus.num_nodes.sum() + TEXT_NODES * len(corpus)
+    for number in range(len(together)):
+        assert len({one.groups[PAIR] for one in together.read([number])}) == 1
+    with pytest.raises(InputError, match="without partners"):
+        Together.partners(Corpus.open(CORPORA / "qm9", split="train"))
+    alike = Together.of_one_composition(Corpus.open(CORPORA / "qm9", split="train"), 0)
+    for number in range(len(alike)):
+        assert len({np.sort(one.node_type).tobytes() for one in alike.read([number])}) == 1
+
+
+def test_prose_comes_in_pieces() -> None:
+    assert joined(["a" * 4, "b" * 5, "c" * 12], 10) == ["aaaa\nbbbbb", "c" * 10, "cc"]
+    prose = Prose(TextCorpus.open(CORPORA / "english", split="train"), letters=200)
+    (piece,) = prose.read([0])
+    assert 0 < len(piece.text[0]) <= 201 and piece.num_nodes == 1
+    assert prose.ids()[0] == piece.id
+
+
+def test_structures_are_described_by_their_own_texts(bridge: tuple[Any, Any]) -> None:
+    named = Named(Corpus.open(CORPORA / "ccd"), TextCorpus.open(CORPORA / "texts"))
+    structures = named.read(range(len(named)))
+    rows = Writer(CAPTIONS)(structures, np.random.default_rng(0))
+    assert all(row.answer in structures[row.about].text and row.is_caption for row in rows)
+    asked = Writer(QUESTIONS)(structures, np.random.default_rng(0))
+    assert all(row.question in sentences()["name"]["train"] for row in asked)
+    with pytest.raises(InputError, match="no text belongs to"):
+        Named(Corpus.open(CORPORA / "isomers"), TextCorpus.open(CORPORA / "texts"))

@@ -1,0 +1,228 @@
+"""The text bridge keeps the contract of transformers: generate, processors, Auto classes, pipelines, peft, Trainer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, molecule
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, TrainingArguments, pipeline
+
+from moiety.bridge.export import load_bridge, save_bridge
+from moiety.bridge.new import new_bridge
+from moiety.bridge.stages import LORA_TARGETS
+from moiety.models.modeling_bridge_moiety import STRUCTURE_INPUTS
+from moiety.models.processing_bridge_moiety import PLACEHOLDER
+
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+QUESTION = f"{PLACEHOLDER} What is it?"
+BLOCKS = [{"type": "structure", "structure": molecule("CH3CH2OH")}, {"type": "text", "text": "What is it?"}]
+CHAT = [{"role": "user", "content": BLOCKS}]
+REMOTE = """
+import sys
+sys.modules.update(dict.fromkeys("moiety deepspeed torch_geometric peft rdkit pymatgen biotite".split()))
+from ase.build import molecule
+from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+folder = sys.argv[1]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True).eval()
+inputs = processor(text=["<structure> What is it?"], structures=[molecule("CH3CH2OH")])
+print("words", model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, -6:].tolist())
+print("answer", repr(model.ask(processor, molecule("CH3CH2OH"), "What is it?", choices=["yes", "no"]).answer))
+"""
+
+
+@pytest.fixture(scope="module")
+def bridge(base: Path) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model, processor = new_bridge(base, new_language=SMALL, bridge={"hidden_size": 32})
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def saved(bridge: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bridge") / "export"
+    save_bridge(*bridge, folder)
+    return folder
+
+
+def asked(processor: Any, *structures: Any, question: str = QUESTION) -> Any:
+    return processor(text=[question] * len(structures), structures=list(structures))
+
+
+@torch.no_grad()
+def last_logits(bridge: tuple[Any, Any], structure: Any) -> torch.Tensor:
+    model, processor = bridge
+    return model(**asked(processor, structure)).logits[0, -1]
+
+
+def test_greedy_words_are_those_without_a_cache(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    inputs = asked(processor, molecule("CH3CH2OH"), molecule("C6H6"))
+    words = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    structures = {name: inputs[name] for name in STRUCTURE_INPUTS if name in inputs}
+    for _ in range(6):
+        with torch.no_grad():
+            most_likely = model(input_ids=ids, attention_mask=mask, **structures).logits[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, most_likely], 1), torch.cat([mask, torch.ones_like(most_likely)], 1)
+    assert torch.equal(words, ids)
+
+
+def test_a_row_that_is_padded_on_the_left_says_what_it_says_alone(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    pair = processor(
+        text=[f"{PLACEHOLDER} What?", f"{PLACEHOLDER} How many rings does this molecule have, of all kinds?"],
+        structures=[molecule("H2O"), molecule("C6H6")],
+    )
+    alone = processor(text=[f"{PLACEHOLDER} What?"], structures=[molecule("H2O")])
+    assert pair["attention_mask"][0, 0] == 0
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**pair, **settings)[0, -6:], model.generate(**alone, **settings)[0, -6:])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**pair).logits[0, -1], model(**alone).logits[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_beams_and_several_sequences_read_the_structures_once(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    inputs = asked(processor, molecule("CH3CH2OH"), molecule("C6H6"))
+    beams = model.generate(**inputs, max_new_tokens=4, num_beams=3, num_return_sequences=2, eos_token_id=None)
+    assert beams.shape == (4, inputs["input_ids"].shape[1] + 4)
+    one = model.generate(
+        **asked(processor, molecule("CH3CH2OH")), max_new_tokens=4, num_beams=3, num_return_sequences=2,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(beams[:2, -4:], one[:, -4:])
+    drawn = model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3, eos_token_id=None)
+    assert len(drawn) == 6
+
+
+def test_several_structures_stand_in_one_prompt(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    text = f"{PLACEHOLDER} {PLACEHOLDER} Which is larger?"
+    there = processor(text=[text], structures=[molecule("H2O"), molecule("C6H6")])
+    back = processor(text=[text], structures=[molecule("C6H6"), molecule("H2O")])
+    with torch.no_grad():
+        assert not torch.allclose(model(**there).logits[0, -1], model(**back).logits[0, -1])
+    with pytest.raises(ValueError, match="2 <structure> for 1 structures"):
+        processor(text=[text], structures=[molecule("H2O")])
+
+
+def test_the_answer_is_the_same_however_the_structure_is_turned_and_numbered(bridge: tuple[Any, Any]) -> None:
+    atoms = molecule("CH3CH2OH")
+    said = last_logits(bridge, atoms)
+    turned = atoms.copy()
+    turned.rotate(40, (1, 2, 3))
+    turned.translate((3, -2, 1))
+    renumbered = atoms[np.random.default_rng(0).permutation(len(atoms))]
+    for other in (turned, renumbered):
+        torch.testing.assert_close(last_logits(bridge, other), said, rtol=1e-3, atol=1e-4)
+    crystal = bulk("NaCl", "rocksalt", 5.64)
+    torch.testing.assert_close(
+        last_logits(bridge, crystal * (2, 2, 2)), last_logits(bridge, crystal), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_mirror_images_differ_in_the_hand_alone(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    hand = molecule("CH3CH2OH")
+    hand.rattle(0.2, seed=1)
+    mirrored = hand.copy()
+    mirrored.positions[:, 0] *= -1
+    one, other = (
+        model.read_structures(**{k: v for k, v in asked(processor, a).items() if k in STRUCTURE_INPUTS})
+        for a in (hand, mirrored)
+    )
+    torch.testing.assert_close(one.even, other.even, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.tokens[:-2], other.tokens[:-2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.odd, -other.odd, rtol=1e-3, atol=1e-4)
+    assert one.odd.abs().max() > 0.1
+
+
+def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    inputs = processor(text=["What is a molecule?"])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model.language_model(**inputs).logits)
+
+
+def test_chats_hold_structures_in_blocks(bridge: tuple[Any, Any]) -> None:
+    _, processor = bridge
+    settings = {"add_generation_prompt": True, "tokenize": True}
+    inputs = processor.apply_chat_template(CHAT, return_dict=True, return_tensors="pt", **settings)
+    whole = processor.apply_chat_template(CHAT, add_generation_prompt=True)
+    assert whole == f"<s>{PLACEHOLDER} What is it?\n"
+    assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)).sum() == 10
+    two = processor.apply_chat_template([CHAT, CHAT], return_dict=True, return_tensors="pt", **settings)
+    assert torch.equal(two["input_ids"][1], inputs["input_ids"][0]) and len(two["num_queries"]) == 2
+
+
+def test_what_is_saved_says_the_same(bridge: tuple[Any, Any], saved: Path) -> None:
+    model, processor = bridge
+    again, its_processor = load_bridge(saved)
+    auto = AutoModelForMultimodalLM.from_pretrained(saved).eval()
+    inputs = asked(AutoProcessor.from_pretrained(saved), molecule("CH3CH2OH"))
+    with torch.no_grad():
+        said = model(**asked(processor, molecule("CH3CH2OH"))).logits
+        own = again.eval()(**asked(its_processor, molecule("CH3CH2OH"))).logits
+        print((own - said).abs().max(), (auto(**inputs).logits - said).abs().max())
+        torch.testing.assert_close(own, said, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(auto(**inputs).logits, said, rtol=1e-5, atol=1e-6)
+
+
+def test_the_export_needs_no_moiety(bridge: tuple[Any, Any], saved: Path, tmp_path: Path) -> None:
+    environment = {"HF_HOME": str(tmp_path), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REMOTE, str(saved)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    model, processor = bridge
+    words = model.generate(**asked(processor, molecule("CH3CH2OH")), max_new_tokens=6, do_sample=False)[0, -6:].tolist()
+    assert f"words {words}" in done.stdout and "answer" in done.stdout, done.stderr
+
+
+def test_the_any_to_any_pipeline_answers(bridge: tuple[Any, Any], saved: Path) -> None:
+    (said,) = pipeline("any-to-any", model=str(saved))(text=CHAT, max_new_tokens=3, return_full_text=False)
+    assert isinstance(said["generated_text"], str)
+
+
+def test_stock_lora_adapts_the_language_model_alone(bridge: tuple[Any, Any], saved: Path, tmp_path: Path) -> None:
+    model, processor = load_bridge(saved)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=LORA_TARGETS))
+    names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert names and all(".language_model." in name and "lora_" in name for name in names)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    inputs = asked(processor, molecule("CH3CH2OH"))
+    said = adapted.generate(**inputs, max_new_tokens=3, do_sample=False)
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load_bridge(saved)[0], tmp_path)
+    assert torch.equal(again.generate(**inputs, max_new_tokens=3, do_sample=False), said)
+
+
+def test_the_trainer_of_transformers_trains_it(saved: Path, tmp_path: Path) -> None:
+    model, processor = load_bridge(saved)
+
+    def collate(structures: list[Any]) -> dict[str, Any]:
+        inputs = processor(text=[f"{QUESTION}\n water</s>"] * len(structures), structures=structures)
+        return {**inputs, "labels": inputs["input_ids"]}
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no",
+        remove_unused_columns=False, learning_rate=1e-2,
+    )  # fmt: skip
+    data: Any = [molecule("H2O"), molecule("C6H6"), molecule("NH3"), molecule("CH4")]
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=data)
+    before = model.bridge.out.weight.clone()
+    assert np.isfinite(trainer.train().training_loss)
+    assert not torch.equal(before, model.bridge.out.weight)

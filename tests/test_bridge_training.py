@@ -1,0 +1,76 @@
+"""The stages of the bridge run through the engine, alone and on two ranks of which one has text alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moiety.bridge.export import load_bridge
+from moiety.testing.launched import Forked, largest_difference, train
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "finetune/bridge.py"
+CORPORA = ROOT / "tests/data/corpora"
+ISOMERS, QM9, ENGLISH = CORPORA / "isomers", CORPORA / "qm9", CORPORA / "english"
+SMALL = (
+    "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 4, "
+    "tie_word_embeddings: true}"
+)
+SOURCES = {  # of bridge_language, bridge_align, bridge_generate, bridge_instruct and bridge_calibrate
+    "language": [(ENGLISH, "prose", 1.0), (ISOMERS, "single", 1.0)],
+    "align": [(ISOMERS, "partners", 1.0), (QM9, "composition", 1.0)],
+    "generate": [(ISOMERS, "partners", 1.0), (QM9, "composition", 1.0)],
+    "instruct": [(ISOMERS, "partners", 1.0), (ENGLISH, "prose", 1.0)],
+    "calibrate": [(ISOMERS, "single", 1.0), (QM9, "single", 1.0)],
+}
+
+
+def stage(name: str, out: Path, *more: str) -> list[object]:
+    listed = ", ".join(f"{{path: {path}, kind: {kind}, weight: {weight}}}" for path, kind, weight in SOURCES[name])
+    config = ROOT / f"finetune/configs/bridge_{name}.yaml"
+    return ["--config", config, "--out", out, f"data.sources=[{listed}]", "log_every=1", *more]
+
+
+@pytest.fixture(scope="module")
+def stages(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every stage, two steps each, from the export of the one before."""
+    out = tmp_path_factory.mktemp("bridge")
+    new = [f"tower={base}", "bridge={hidden_size: 32}"]
+    start = [*new, f"new_language={SMALL}"]
+    for name in SOURCES:
+        run = Forked(SCRIPT, stage(name, out / name, "steps=2", *start), out / name)
+        assert run.wait() == 0, run.output[-4000:]
+        start = (
+            [*new, f"language={out / name / 'export'}"] if name == "language" else [f"start={out / name / 'export'}"]
+        )
+    return {name: out / name for name in SOURCES}
+
+
+def test_every_stage_trains_what_it_says(stages: dict[str, Path]) -> None:
+    stages = {name: path for name, path in stages.items() if name != "language"}
+    models = {name: load_bridge(path / "export")[0].state_dict() for name, path in stages.items()}
+    answering = ("bridge.", "space.", "number_head.")
+    parts: dict[str, Any] = {
+        "align": ("tower.", "bridge.", "space."),
+        "generate": answering,
+        "instruct": (*answering, "language_model."),
+        "calibrate": "calibration.",
+    }
+    names = list(stages)
+    for before, after in pairwise(names):
+        moved = {key for key, value in models[after].items() if not torch.equal(value, models[before][key])}
+        assert moved and all(key.startswith(parts[after]) for key in moved), after
+    assert (stages["instruct"] / "export/adapter/adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_two_ranks_of_which_one_has_text_alone_train_as_one(stages: dict[str, Path], tmp_path: Path, zero: str) -> None:
+    start = f"start={stages['generate'] / 'export'}"
+    settings = [start, "steps=3", "data.micro_batches=2"]
+    alone = train(SCRIPT, stage("instruct", tmp_path / "one", *settings), tmp_path / "one")
+    together = train(SCRIPT, stage("instruct", tmp_path / zero, *settings, f"ds={zero}"), tmp_path / zero, ranks=2)
+    assert largest_difference(together, alone) < 1e-4
