@@ -29,7 +29,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 17179869184
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: install quickstart test test-slow check format transfer transfer-quick recipes pretraining-choices weights bench bench-gpu bench-accuracy report-png clean
+.PHONY: install quickstart test test-slow check format transfer transfer-quick recipes bridge pretraining-choices weights bench bench-gpu bench-accuracy report-png clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -77,6 +77,11 @@ recipes: $(INSTALLED)
 	$(TEACHERS)
 	$(call built,qm9 forces freesolv polarizabilities surfaces interactions s22 flows)
 	$(BIN)/python benchmarks/recipes.py
+
+# The text bridge with all controls, one seed: trains, asks and tabulates; an hour on two cores, after the corpora.
+bridge: $(INSTALLED)
+	$(call built,isomers qm9 crystals english)
+	$(BIN)/python benchmarks/bridge.py
 
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.
 pretraining-choices: $(INSTALLED)

@@ -37,7 +37,9 @@ RESULTS = ROOT / "benchmarks/results/recipes.json"
 CONFIGS = ROOT / "finetune/configs"
 ELSEWHERE = {task.recipe for task in TASKS.values()}  # transfer.py has them at rates that are tuned
 RECIPES = sorted(
-    path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ELSEWHERE and not path.stem.startswith("released_")
+    path.stem
+    for path in CONFIGS.glob("*.yaml")
+    if path.stem not in ELSEWHERE and not path.stem.startswith(("released_", "bridge_"))
 )
 ARMS: dict[str, tuple[str, ...]] = {"lora": (), "scratch": ("lr=2e-3",)}
 Errors = dict[str, dict[str, dict[str, float]]]  # "recipe: target, metric in unit" -> method -> seed -> error

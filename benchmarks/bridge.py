@@ -1,0 +1,185 @@
+"""What the text bridge knows of structures, beside everything that could say as much without reading them.
+
+    make bridge                                  one seed, all controls: trains and asks in under an hour on two cores
+    python benchmarks/bridge.py --seeds 0,1,2    the table of docs/bridge.md
+    python benchmarks/bridge.py --show           what is there by now; trains nothing
+
+Every arm is trained by the same stages with the same steps (finetune/configs/bridge_*.yaml), a process an arm, as many
+at a time as there are cores. The language model, which is new, is shared. It is small: what is tested is the mechanism.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from asked.examiner import Findings, examine
+from paired.runs import call, side_by_side
+from peers.crew import ROOT, machine
+from peers.tables import Sheet, around_marks, fill
+from rich.console import Console
+
+from moiety.errors import InputError
+
+PAGE = ROOT / "docs/bridge.md"
+RESULTS = ROOT / "benchmarks/results/bridge.json"
+STAGES = ("align", "generate", "instruct", "calibrate")
+LANGUAGE = "language"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is changed in every stage, what in one, and which stages are left out."""
+
+    name: str
+    changes: tuple[str, ...] = ()
+    of_stage: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+ARMS = {
+    "bridge": Arm("the bridge"),
+    "blind": Arm("blind, retrained", ("sees=nothing",)),
+    "composition": Arm("composition only, retrained", ("sees=composition",)),
+    "string": Arm("text string only, retrained", ("sees=string",)),
+    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space]")}),
+    "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        around_marks(PAGE)
+        if not args.show:
+            train_language(args.out)
+            jobs = [(name, seed) for seed in args.seeds for name in args.arms]
+            side_by_side(lambda job: train_arm(*job, args.out), jobs, "training")
+        found = {}
+        for seed in args.seeds:
+            for name in args.arms:
+                folder = args.out / f"{name}-{seed}"
+                if (folder / STAGES[-1] / "export/config.json").is_file():
+                    found[name, seed] = findings(folder, name, seed)
+    except InputError as error:
+        print(f"bridge.py: {error}", file=sys.stderr)
+        return 2
+    sheets = tables(found)
+    for one in sheets:
+        one.show(Console())
+    write(found, sheets)
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true", help="tables of what is there")
+    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
+    parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/bridge", help="folder of the runs")
+    return parser.parse_args(argv)
+
+
+def train_language(out: Path) -> None:
+    """Once for all."""
+    if not (out / LANGUAGE / "export/config.json").is_file():
+        config = ROOT / f"finetune/configs/bridge_{LANGUAGE}.yaml"
+        call(LANGUAGE, "finetune/bridge.py", "--config", str(config), "--out", out / LANGUAGE)
+
+
+def train_arm(name: str, seed: int, out: Path) -> None:
+    """Stage after stage."""
+    start = f"language={out / LANGUAGE / 'export'}"
+    for stage in STAGES:
+        folder = out / f"{name}-{seed}" / stage
+        if not (folder / "export/config.json").is_file():
+            config = ROOT / f"finetune/configs/bridge_{stage}.yaml"
+            arm = ARMS[name]
+            words = [*arm.changes, *arm.of_stage.get(stage, ()), start]
+            words += [f"training.seed={seed}", f"data.seed={seed}"]
+            call(folder.name, "finetune/bridge.py", "--config", str(config), *words, "--out", folder)
+        start = f"start={folder / 'export'}"
+
+
+CLASSES = {
+    "A": "A composition",
+    "B": "B bonds",
+    "C": "C geometry",
+    "T": "two compared",
+    "N": "number asked",
+    "X": "unfitting",
+}
+OF_BRIDGE = (
+    "in the words of training", "in other words", "combinations kept back", "majority", "nearest neighbour",
+    "encoder + probe", "shuffled, same domain", "shuffled, same composition",
+)  # fmt: skip
+
+
+def findings(folder: Path, name: str, seed: int) -> Findings:
+    """What an arm knows, asked once."""
+    sees = next((change.partition("=")[2] for change in ARMS[name].changes if change.startswith("sees=")), "all")
+    return examine(folder, sees, name == "bridge", folder.parent / LANGUAGE / "export")
+
+
+def tables(found: Mapping[tuple[str, int], Findings]) -> list[Sheet]:
+    """Right answers by class, those of class C by fact, and everything else that was measured."""
+    seeds = sorted({seed for _, seed in found})
+    conditions = [("bridge", name) for name in OF_BRIDGE]
+    conditions += [(arm, OF_BRIDGE[0]) for arm in ARMS if arm != "bridge"]
+    keys = sorted({key for one in found.values() for shares in one.shares.values() for key in shares})
+    of_class = [key for key in CLASSES if key in keys]
+    facts = [key for key in keys if key.startswith("C:")]
+    sheets = []
+    for title, columns, names in (
+        ("Right answers, %", of_class, [CLASSES[key] for key in of_class]),
+        ("Right answers of class C by fact, %", facts, [key[2:].replace("_", " ") for key in facts]),
+    ):
+        rows = []
+        for arm, condition in conditions:
+            shares = [found[arm, seed].shares.get(condition) for seed in seeds if (arm, seed) in found]
+            if any(shares):
+                label = (
+                    f"{ARMS[arm].name}, {condition}" if arm == "bridge" and condition in OF_BRIDGE[:3] else condition
+                )
+                label = label if arm == "bridge" else ARMS[arm].name
+                rows.append([label, *(cell([own[key] for own in shares if own and key in own]) for key in columns)])
+        sheets.append(Sheet(title, ["", *names], rows))
+    others = [found["bridge", seed].numbers for seed in seeds if ("bridge", seed) in found]
+    names = list(dict.fromkeys(name for one in others for name in one))
+    rows = [[name, spread([one[name] for one in others if name in one])] for name in names]
+    sheets.append(Sheet("Of the bridge", ["", "measured"], rows))
+    return sheets
+
+
+def cell(shares: Sequence[Any]) -> str:
+    """Mean over seeds in %; of one seed with the bootstrap interval."""
+    if not shares:
+        return "–"
+    values = [100 * share[0] for share in shares]
+    if len(values) > 1:
+        return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    low, high = shares[0][1]
+    return f"{values[0]:.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.3g}" + (f" ± {np.std(values, ddof=1):.1g}" if len(values) > 1 else "")
+
+
+def write(found: Mapping[tuple[str, int], Findings], sheets: Sequence[Sheet]) -> None:
+    """The figures, and the tables of the page."""
+    where = machine({})
+    seeds = sorted({seed for _, seed in found})
+    results = {f"{name}-{seed}": vars(one) for (name, seed), one in found.items()}
+    RESULTS.write_text(json.dumps({"machine": where, "findings": results}, indent=1) + "\n")
+    head = f"Measured on {where['date']}, commit {where['commit']}, seeds {', '.join(map(str, seeds))}."
+    fill(PAGE, "\n\n".join([head, *(one.markdown() for one in sheets)]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
