@@ -72,7 +72,7 @@ class Writer:
             geometric: chance that a structure with a fact of class C is asked for that.
             numeric: chance that one with numbers is asked for one of them.
             unfitting: chance of a question that makes no sense of it.
-            described: chance that a description is asked for.
+            described: share of the other micro-batches in which descriptions are asked for.
             captioned: of both, the share of micro-batches with captions; half as many in words alone.
             comparing: chance that two conformers are compared, besides what is asked of each.
             told: chance that in words alone a description stands before a question, from which it can be answered.
@@ -89,10 +89,11 @@ class Writer:
         if in_captions and all("answer" in structure.groups for structure in structures) and rng.random() < self.stated:
             places = range(len(structures))
             return [statement_row(structures[place], place, rng) for place in places for _ in range(PHRASES)]
-        rows = [self._row(place, structure, in_captions, rng) for place, structure in enumerate(structures)]
+        describing = not in_captions and rng.random() < self.described  # long texts stand together, for little padding
+        rows = [self._row(place, one, in_captions, describing, rng) for place, one in enumerate(structures)]
         if self.text == WORDS:
             return [self._in_words(row, structures[row.about], rng) for row in rows]
-        if not in_captions:
+        if not in_captions and not describing:
             rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
         return rows
 
@@ -104,18 +105,19 @@ class Writer:
             asked = f"{self.described_as(structure, rng, fact)} {asked}"
         return replace(row, question=asked, read=(), number=None, is_caption=False)
 
-    def _row(self, place: int, structure: Structure, in_captions: bool, rng: np.random.Generator) -> Row:
+    def _row(
+        self, place: int, structure: Structure, in_captions: bool, describing: bool, rng: np.random.Generator
+    ) -> Row:
         if structure.source == PROSE:
             return Row(place, structure.text[0])
         if kind := structure.groups.get(NAMED):
             return self._named(place, structure, kind, in_captions, rng)
         if in_captions:
             return Row(place, self.described_as(structure, rng), is_caption=True)
-        draw = rng.random()
-        if draw < self.described:
+        if describing:
             asked = question(Fact("caption", "", "", {}), self.split, rng)
             return Row(place, self.described_as(structure, rng), asked, (place,))
-        if draw < self.described + self.unfitting:
+        if rng.random() < self.unfitting:
             return unfit_row(structure, place, self.split, rng)
         return asking(self.drawn(structure, rng), place, self.split, rng)
 
