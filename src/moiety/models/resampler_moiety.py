@@ -1,7 +1,7 @@
 """From steerable node features to tokens that turn with nothing: invariants, and queries that attend to them.
 
-Every token but the HANDED last ones is the same for a structure and its mirror image; what is in those changes sign. All of
-them are the same for a crystal and its supercells, since attention is a weighted mean over nodes.
+Every token but the HANDED last ones is the same for a structure and its mirror image; what is in those changes sign.
+All of them are the same for a crystal and its supercells, since attention is a weighted mean over nodes.
 """
 # Shapes: B structures, N nodes, n most nodes of a structure, M = (lmax + 1)^2 components, C channels of the tower,
 # D channels of the queries, P pseudoscalars, K query tokens.
@@ -108,8 +108,8 @@ class ResamplerBlock(nn.Module):
 class Hand(nn.Module):
     """Tokens that say the hand: means of pseudoscalars, weighed by what is even, which change sign in a mirror.
 
-    [B,HANDED,width], which have a constant by which they are known, and what they are made of [B,HANDED*P], of unit size
-    unless the structure has no hand.
+    [B,HANDED,width], which have a constant by which they are known, and what they are made of [B,HANDED*P], of unit
+    size unless the structure has no hand.
     """
 
     def __init__(self, config: BridgeConfig, width: int):
