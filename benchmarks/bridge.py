@@ -1,6 +1,6 @@
 """What the text bridge knows of structures, beside everything that could say as much without reading them.
 
-    make bridge                                  one seed, all controls: trains and asks in under an hour on two cores
+    make bridge                                  one seed, all controls; hours on two cores
     python benchmarks/bridge.py --seeds 0,1,2    the table of docs/bridge.md
     python benchmarks/bridge.py --show           what is there by now; trains nothing
 
