@@ -6,26 +6,14 @@ pretrained.
 
 from __future__ import annotations
 
-import argparse
-
 from moiety.adapters.finetune import FinetuneConfig, finetune
 from moiety.training.config import load_config
 from moiety.training.run import Run
-from moiety.training.script import run_script
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(argv)
+from moiety.training.script import parse_run, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = parse_run(argv, __doc__)
     config = load_config(FinetuneConfig, args.config, args.overrides)
     with Run.open(args.out, config, fresh=args.fresh) as run:
         metrics = finetune(run, config)

@@ -23,6 +23,7 @@ from moiety.bridge.rows import CAPTIONS, Row, Writer, asking, unfit_row
 from moiety.bridge.sources import LETTERS, joined
 from moiety.data.structure import Structure
 from moiety.data.texts import TextCorpus
+from moiety.models.asking_moiety import Words
 
 TURNED = 200  # structures whose answers are compared
 STRANGERS = 300  # structures of each kind
@@ -200,8 +201,6 @@ def deletion(model: Any, processor: Any, asker: Asking, structures: Sequence[Str
 @torch.no_grad()
 def answer_log(model: Any, processor: Any, structure: Structure, row: Row, without: np.ndarray) -> float:
     """Log probability of the right answer where the bridge does not read some nodes."""
-    from moiety.models.asking_moiety import Words
-
     content = [{"type": "structure", "structure": structure}, {"type": "text", "text": row.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True

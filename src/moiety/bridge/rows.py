@@ -15,7 +15,7 @@ from moiety.models.processing_bridge_moiety import PLACEHOLDER
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
 
 PROSE = "prose"  # source of what stands for a text without a structure
-NAMED = "named"  # the entry of `Structure.groups` of what has a text of its own: a name, or a
+NAMED = "named"  # the entry of `Structure.groups` that says of which kind a structure's own text is: a name, or a
 DESCRIBED = "description"
 CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
 PHRASES = 3  # in which what tells partners apart is said, of each structure

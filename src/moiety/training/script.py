@@ -1,7 +1,8 @@
-"""How a training script ends: mistakes of the user are one line and exit 2, failed runs one line and exit 1."""
+"""How a training script begins and ends: its command line, and one line for mistakes (exit 2) and failures (exit 1)."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,17 @@ from transformers.utils import logging
 
 from moiety.errors import InputError
 from moiety.training.checkpoint import SaveFailed
+
+
+def parse_run(argv: list[str] | None, description: str | None) -> argparse.Namespace:
+    """The command line of a script that trains one run: config, out, fresh, and overrides key=value."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser.parse_intermixed_args(argv)
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
