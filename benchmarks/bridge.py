@@ -1,7 +1,7 @@
 """What the text bridge knows of structures, beside everything that could say as much without reading them.
 
-    make bridge                                  one seed, all controls; hours on two cores
-    python benchmarks/bridge.py --seeds 0,1,2    the table of docs/bridge.md
+    make bridge                                  one seed, the controls that are retrained: an hour on two cores
+    python benchmarks/bridge.py --seeds 0,1,2 --arms all     the table of docs/bridge.md; hours
     python benchmarks/bridge.py --show           what is there by now; trains nothing
 
 Every arm is trained by the same stages with the same steps (finetune/configs/bridge_*.yaml), a process an arm, as many
@@ -35,21 +35,26 @@ LANGUAGE = "language"
 
 @dataclass(frozen=True)
 class Arm:
-    """What is changed in every stage, what in one, and which stages are left out."""
+    """What is changed in every stage, what in one, and which stages it has.
+
+    Who sees no structure has none to align.
+    """
 
     name: str
     changes: tuple[str, ...] = ()
     of_stage: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stages: tuple[str, ...] = STAGES
 
 
 ARMS = {
     "bridge": Arm("the bridge"),
-    "blind": Arm("blind, retrained", ("sees=nothing",)),
+    "blind": Arm("blind, retrained", ("sees=nothing",), stages=STAGES[1:]),
     "composition": Arm("composition only, retrained", ("sees=composition",)),
-    "string": Arm("text string only, retrained", ("sees=string",)),
-    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space]")}),
+    "string": Arm("text string only, retrained", ("sees=string",), stages=STAGES[1:]),
+    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space, numbers]")}),
     "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),
 }
+HEADLINE = ("bridge", "blind", "composition", "string")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,10 +84,17 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="tables of what is there")
-    parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
+    parser.add_argument("--arms", type=arms, default=HEADLINE, help="names with commas between, or all")
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bridge", help="folder of the runs")
     return parser.parse_args(argv)
+
+
+def arms(text: str) -> list[str]:
+    names = list(ARMS) if text == "all" else text.split(",")
+    if unknown := set(names) - ARMS.keys():
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: there are {', '.join(ARMS)}")
+    return names
 
 
 def train_language(out: Path) -> None:
@@ -94,16 +106,15 @@ def train_language(out: Path) -> None:
 
 def train_arm(name: str, seed: int, out: Path) -> None:
     """Stage after stage."""
-    start = f"language={out / LANGUAGE / 'export'}"
-    for stage in STAGES:
+    arm, start = ARMS[name], ["start=''", f"language={out / LANGUAGE / 'export'}"]
+    for stage in arm.stages:
         folder = out / f"{name}-{seed}" / stage
         if not (folder / "export/config.json").is_file():
             config = ROOT / f"finetune/configs/bridge_{stage}.yaml"
-            arm = ARMS[name]
-            words = [*arm.changes, *arm.of_stage.get(stage, ()), start]
+            words = [*arm.changes, *arm.of_stage.get(stage, ()), *start]
             words += [f"training.seed={seed}", f"data.seed={seed}"]
             call(folder.name, "finetune/bridge.py", "--config", str(config), *words, "--out", folder)
-        start = f"start={folder / 'export'}"
+        start = [f"start={folder / 'export'}"]
 
 
 CLASSES = {

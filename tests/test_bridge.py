@@ -13,7 +13,7 @@ from moiety.bridge.dialogue import UNSCORED, Asking, in_mirror, string_of
 from moiety.bridge.facts import ABSTAIN, CHOICES, FITS, NUMBERS, facts_of, formula, is_kept_back, unfit
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
-from moiety.bridge.questions import expanded, sentences, statements
+from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
 from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Row, Writer, asking, compared, with_wrong_ones
 from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
 from moiety.bridge.stages import blinded, composition_only
@@ -93,15 +93,21 @@ def test_a_question_that_does_not_fit_is_of_another_domain(isomers: list[Structu
 # questions
 
 
-def test_every_fact_has_forty_ways_to_be_asked_and_none_is_in_both_splits() -> None:
-    names = {name for name in sentences() if name not in ("caption", "count", "rings")}
-    assert names >= {*CHOICES, *NUMBERS}
+def test_every_fact_has_a_hundred_ways_to_be_asked_and_none_is_in_two_splits() -> None:
+    assert sentences().keys() >= {*CHOICES, *NUMBERS}
     for name, by_split in sentences().items():
-        assert not {one.lower() for one in by_split["train"]} & {one.lower() for one in by_split["test"]}
-        assert len({*by_split["train"], *by_split["test"]}) >= 30, name
-    for name in names:
-        assert len({*sentences()[name]["train"], *sentences()[name]["test"]}) >= 40, name
+        ways = [one.lower() for split in SPLITS for one in by_split[split]]
+        assert len(ways) == len(set(ways)) >= 100, name
+        assert all(by_split.values()), name
     assert set(CHOICES) <= {name for name, _ in statements()}
+
+
+def test_words_fall_out_of_a_worn_question_but_none_that_it_is_about() -> None:
+    rng = np.random.default_rng(0)
+    whole = "Is there any nitrogen in it, or at the least some of it somewhere?"
+    found = [worn(whole, "nitrogen", rng) for _ in range(50)]
+    assert all("nitrogen" in one for one in found) and len(set(found)) > 20
+    assert 0.75 < np.mean([len(one.split()) for one in found]) / len(whole.split()) < 0.95
 
 
 def test_frames_expand_to_all_their_sentences() -> None:
@@ -176,7 +182,9 @@ def test_two_conformers_are_compared_in_both_orders(isomers: list[Structure]) ->
 
 
 def test_in_words_alone_an_answer_can_be_read_from_the_description(isomers: list[Structure]) -> None:
-    writer = Writer(WORDS, "test", described=0.0, unfitting=0.0, captioned=0.0, told=1.0, geometric=1.0)
+    writer = Writer(
+        WORDS, "test", 1, 1.0, worn=0.0, described=0.0, unfitting=0.0, captioned=0.0, told=1.0, comparing=0.0
+    )
     rows = writer(isomers, np.random.default_rng(0))
     for row, structure in zip(rows, isomers, strict=True):
         assert row.read == () and not row.is_caption

@@ -55,7 +55,7 @@ def test_every_stage_trains_what_it_says(stages: dict[str, Path]) -> None:
     models = {name: load_bridge(path / "export")[0].state_dict() for name, path in stages.items()}
     answering = ("bridge.", "space.", "number_head.")
     parts: dict[str, Any] = {
-        "align": ("tower.", "bridge.", "space."),
+        "align": ("tower.", *answering),
         "generate": answering,
         "instruct": (*answering, "language_model."),
         "calibrate": "calibration.",

@@ -124,7 +124,7 @@ def strangers(model: Any, asker: Asking, structures: Sequence[Structure]) -> dic
         other = scores(model, [change(one, rng) for one in known if one.domain != "protein"])
         found[name] = float(roc_auc_score(np.r_[np.zeros(len(usual)), np.ones(len(other))], np.r_[usual, other]))
     writer = Writer("questions")
-    fitting = [asking(writer.drawn(one, rng), place, "test", rng) for place, one in enumerate(known)]
+    fitting = [asking(writer.drawn(one, rng)[0], place, "test", rng) for place, one in enumerate(known)]
     unfit = [unfit_row(one, place, "test", rng) for place, one in enumerate(known)]
     shares = np.concatenate([abstention(model, asker, known, rows) for rows in (fitting, unfit)])
     found["unfitting question"] = float(roc_auc_score(np.r_[np.zeros(len(fitting)), np.ones(len(unfit))], shares))
@@ -207,8 +207,9 @@ def answer_log(model: Any, processor: Any, structure: Structure, row: Row, witho
     )
     words = Words(model, processor, inputs)
     kept = np.setdiff1d(np.arange(structure.num_nodes), without)
-    index = words.structures["graph_index"][kept]
-    words.found = model.bridge(words.features[kept], index, words.structures["num_queries"])
+    left = {name: words.structures[name][kept] for name in ("node_type", "graph_index")}
+    left["pbc"] = words.structures["pbc"]
+    words.found = model.bridged(words.features[kept], words.structures["num_queries"], left)
     return float(words.log_probability(words.tokens(row.answer)))
 
 

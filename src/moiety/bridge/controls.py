@@ -122,7 +122,7 @@ def tower_features(model: Any, structures: Sequence[Structure]) -> Array:
         chosen = [structures[place] for place in order[start : start + TOGETHER]]
         batch = with_neighbors(packed(chosen), model.config.cutoff)
         trunk = model.tower(**batch.inputs())
-        read = model.bridge(trunk.node_features, trunk.graph_index, torch.full((len(chosen),), 8))
+        read = model.bridged(trunk.node_features, torch.full((len(chosen),), 8), batch.inputs())
         even_NF, _ = model.bridge.invariants(trunk.node_features)
         means = mean_over(even_NF, trunk.graph_index, len(chosen))
         found.append(torch.cat([means, read.even, read.odd], dim=1).numpy())

@@ -15,13 +15,24 @@ import yaml
 from moiety.bridge.facts import Fact, capitalised
 
 FILE = Path(__file__).with_name("questions.yaml")
+SPLITS = ("train", "val", "test")
 SAY = "say"
+FALLEN = 0.15  # of the words of a worn question
 
 
 @lru_cache(maxsize=1)
 def sentences() -> dict[str, dict[str, list[str]]]:
-    """Fact -> "train" and "test" -> its sentences."""
-    return {fact: {split: _all_of(entry[split]) for split in ("train", "test")} for fact, entry in _frames().items()}
+    """Fact -> split -> its sentences; none stands in two splits, and the later ones keep it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for fact, entry in _frames().items():
+        own: dict[str, list[str]] = {}
+        taken: set[str] = set()
+        for split in reversed(SPLITS):
+            said = {sentence.lower(): sentence for sentence in _all_of(entry[split])}
+            own[split] = [sentence for key, sentence in said.items() if key not in taken]
+            taken |= said.keys()
+        found[fact] = own
+    return found
 
 
 @lru_cache(maxsize=1)
@@ -39,6 +50,13 @@ def question(fact: Fact, split: str, rng: np.random.Generator) -> str:
     """What is asked of a fact, in one of the ways of a split."""
     known = sentences()[fact.name][split]
     return known[rng.integers(len(known))].format(**fact.about)
+
+
+def worn(text: str, kept: str, rng: np.random.Generator) -> str:
+    """A question that some words have fallen out of, none of them from `kept`: no single word is to be relied on."""
+    words = text.split()
+    stays = rng.random(len(words)) >= FALLEN
+    return " ".join(word for word, there in zip(words, stays, strict=True) if there or word.strip("?.,:") in kept)
 
 
 def statement(fact: Fact, rng: np.random.Generator) -> str:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from moiety.bridge.facts import ABSTAIN, WIDER, Fact, facts_of, formula, is_kept_back, unfit
-from moiety.bridge.questions import caption, question
+from moiety.bridge.questions import caption, question, worn
 from moiety.data.structure import Structure
 from moiety.models.processing_bridge_moiety import PLACEHOLDER
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
@@ -56,8 +56,10 @@ class Writer:
         self,
         text: str,
         split: str = "train",
-        geometric: float = 0.6,
-        numeric: float = 0.4,
+        asked: int = 2,
+        geometric: float = 0.8,
+        numeric: float = 0.8,
+        worn: float = 0.3,
         unfitting: float = 0.04,
         described: float = 0.1,
         captioned: float = 0.3,
@@ -69,8 +71,11 @@ class Writer:
         Args:
             text: captions | questions | both | words: both as plain text, beside which no structure stands.
             split: whose sentences are used; combinations that are kept back are asked in others than "train" alone.
+            asked: facts that each structure is asked for.
             geometric: chance that a structure with a fact of class C is asked for that.
-            numeric: chance that one with numbers is asked for one of them.
+            numeric: chance that one with numbers is asked for one of them; of captions, that such a question stands
+                beside.
+            worn: share of the questions that some words fall out of.
             unfitting: chance of a question that makes no sense of it.
             described: share of the other micro-batches in which descriptions are asked for.
             captioned: of both, the share of micro-batches with captions; half as many in words alone.
@@ -78,8 +83,8 @@ class Writer:
             told: chance that in words alone a description stands before a question, from which it can be answered.
             stated: share of the micro-batches of partners whose captions say nothing but what tells them apart.
         """
-        self.text, self.split = text, split
-        self.geometric, self.numeric = geometric, numeric
+        self.text, self.split, self.asked = text, split, asked
+        self.geometric, self.numeric, self.worn = geometric, numeric, worn
         self.unfitting, self.described = unfitting, described
         self.captioned = {CAPTIONS: 1.0, QUESTIONS: 0.0, BOTH: captioned, WORDS: captioned / 2}[text]
         self.stated, self.told, self.comparing = stated, told, comparing
@@ -90,36 +95,56 @@ class Writer:
             places = range(len(structures))
             return [statement_row(structures[place], place, rng) for place in places for _ in range(PHRASES)]
         describing = not in_captions and rng.random() < self.described  # long texts stand together, for little padding
-        rows = [self._row(place, one, in_captions, describing, rng) for place, one in enumerate(structures)]
-        if self.text == WORDS:
-            return [self._in_words(row, structures[row.about], rng) for row in rows]
+        rows = []
+        for place, structure in enumerate(structures):
+            rows += self._of_one(place, structure, in_captions, describing, rng)
         if not in_captions and not describing:
             rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
-        return rows
+        if self.text == WORDS:
+            return [self._in_words(row, structures, rng) for row in rows]
+        return [self._worn(row, rng) if rng.random() < self.worn else row for row in rows]
 
-    def _in_words(self, row: Row, structure: Structure, rng: np.random.Generator) -> Row:
+    def _in_words(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> Row:
         """The row as plain text; before what is asked a description that says it may stand in the structure's place."""
-        asked = row.question
+        asked = self._worn(row, rng).question if rng.random() < self.worn else row.question
         if row.fact is not None and rng.random() < self.told:
-            fact = row.fact if row.fact.kind in "ABC" else None
-            asked = f"{self.described_as(structure, rng, fact)} {asked}"
+            asked = " ".join([*self._told(row, structures, rng), asked])
         return replace(row, question=asked, read=(), number=None, is_caption=False)
 
-    def _row(
+    def _told(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> list[str]:
+        """Descriptions from which a question can be answered; of two structures only what they are compared by."""
+        assert row.fact is not None
+        if len(row.read) > 1:
+            return [statement_row(structures[place], place, rng).answer for place in row.read]
+        fact = row.fact if row.fact.kind in "ABC" else None
+        return [self.described_as(structures[row.about], rng, fact)]
+
+    def _worn(self, row: Row, rng: np.random.Generator) -> Row:
+        if row.fact is None:
+            return row
+        kept = " ".join([*row.fact.about.values(), *row.fact.choices])
+        return replace(row, question=worn(row.question, kept, rng))
+
+    def _of_one(
         self, place: int, structure: Structure, in_captions: bool, describing: bool, rng: np.random.Generator
-    ) -> Row:
+    ) -> list[Row]:
+        """The rows about one structure."""
         if structure.source == PROSE:
-            return Row(place, structure.text[0])
+            return [Row(place, structure.text[0])]
         if kind := structure.groups.get(NAMED):
-            return self._named(place, structure, kind, in_captions, rng)
+            return [self._named(place, structure, kind, in_captions, rng)]
         if in_captions:
-            return Row(place, self.described_as(structure, rng), is_caption=True)
+            said = Row(place, self.described_as(structure, rng), is_caption=True)
+            numbers = [fact for fact in self._allowed(structure, rng) if fact.kind == "N"]
+            if not numbers or self.text == WORDS or rng.random() > self.numeric:
+                return [said]
+            return [said, asking(numbers[rng.integers(len(numbers))], place, self.split, rng)]
         if describing:
             asked = question(Fact("caption", "", "", {}), self.split, rng)
-            return Row(place, self.described_as(structure, rng), asked, (place,))
+            return [Row(place, self.described_as(structure, rng), asked, (place,))]
         if rng.random() < self.unfitting:
-            return unfit_row(structure, place, self.split, rng)
-        return asking(self.drawn(structure, rng), place, self.split, rng)
+            return [unfit_row(structure, place, self.split, rng)]
+        return [asking(fact, place, self.split, rng) for fact in self.drawn(structure, rng)]
 
     def _named(self, place: int, structure: Structure, kind: str, in_captions: bool, rng: np.random.Generator) -> Row:
         """By its own text."""
@@ -129,15 +154,21 @@ class Writer:
         asked = question(Fact("caption" if kind == DESCRIBED else "name", "", "", {}), self.split, rng)
         return Row(place, text, asked, (place,))
 
-    def drawn(self, structure: Structure, rng: np.random.Generator) -> Fact:
-        """A fact that may be asked."""
+    def drawn(self, structure: Structure, rng: np.random.Generator) -> list[Fact]:
+        """Facts that may be asked, the most telling first."""
+        allowed = self._allowed(structure, rng)
+        order = [allowed[place] for place in rng.permutation(len(allowed))]
+        telling = [
+            next(fact for fact in order if fact.kind == kind)
+            for kind, chance in (("C", self.geometric), ("N", self.numeric))
+            if rng.random() < chance and any(fact.kind == kind for fact in order)
+        ]
+        others = [fact for fact in order if fact not in telling]
+        return [*telling, *sorted(others, key=lambda fact: fact.kind in "CN")][: self.asked]
+
+    def _allowed(self, structure: Structure, rng: np.random.Generator) -> list[Fact]:
         facts = list(facts_of(structure, rng))
-        allowed = [f for f in facts if self.split != "train" or not is_kept_back(f, structure)] or facts[:1]
-        for kind, chance in (("C", self.geometric), ("N", self.numeric)):
-            of_kind = [fact for fact in allowed if fact.kind == kind]
-            if of_kind and rng.random() < chance:
-                return of_kind[rng.integers(len(of_kind))]
-        return allowed[rng.integers(len(allowed))]
+        return [fact for fact in facts if self.split != "train" or not is_kept_back(fact, structure)] or facts[:1]
 
     def described_as(self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None) -> str:
         """What it is, its formula, the fact of class C where there is one, what is asked, and a few others."""

@@ -184,7 +184,7 @@ class Words:
         return {name: value for name, value in self.structures.items() if name != "num_queries"}
 
     def _bridged(self, features: Tensor) -> Any:
-        return self.model.bridge(features, self.structures["graph_index"], self.structures["num_queries"])
+        return self.model.bridged(features, self.structures["num_queries"], self.structures)
 
     def _scored(self, tokens: Tensor, found: Any) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Log probability of an answer, and the numbers at every token of prompt and answer."""

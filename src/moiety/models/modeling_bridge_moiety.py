@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .asking_moiety import ask
 from .configuration_bridge_moiety import HANDED, MoietyBridgeConfig
 from .modeling_moiety import MoietyModel
-from .resampler_moiety import Bridge, Invariants, Structures, query_counts
+from .resampler_moiety import Bridge, Invariants, Structures, query_counts, unit_sizes
 
 STRUCTURE_INPUTS = (
     "node_type", "positions", "graph_index", "edge_index", "edge_shift", "cell", "pbc", "charge", "spin", "domain",
@@ -215,8 +215,12 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def read_structures(self, num_queries: Tensor, **structures: Tensor) -> Structures:
         """What the bridge makes of structures; `structures` are the inputs of the tower."""
-        trunk = self.tower(**structures)
-        return self.bridge(trunk.node_features, trunk.graph_index, num_queries)
+        return self.bridged(self.tower(**structures).node_features, num_queries, structures)
+
+    def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
+        """What the bridge makes of node features of the tower."""
+        units_B = unit_sizes(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
+        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_B)
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.
@@ -259,6 +263,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "graph_index": torch.zeros(1, **whole),
             "edge_index": torch.zeros(2, 0, **whole),
             "edge_shift": torch.zeros(0, 3, device=device),
+            "pbc": torch.zeros(1, 3, dtype=torch.bool, device=device),
             "domain": torch.zeros(1, **whole),
             "num_queries": torch.zeros(1, **whole),
         }

@@ -8,8 +8,8 @@ All of them are the same for a crystal and its supercells, since attention is a 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from .configuration_moiety import MoietyConfig
 
 TINY = 1e-6
 LEAST_SPREAD = 1e-3  # of an invariant over structures
+TYPICAL, LARGE = 16.0, 64.0  # nodes of a unit over which sums are of unit size; that are counted at most
 FAINT = 0.03  # root mean square of pseudoscalars far below which a structure has no hand
 
 
@@ -124,6 +125,26 @@ class Hand(nn.Module):
         return self.out(odd_BKP), odd_BKP.flatten(1)
 
 
+class Whole(nn.Module):
+    """What a structure is as a whole, [B,D]: its nodes on average, their sum, and each channel where it is largest.
+
+    Attention is a mean: it counts nothing. Of a crystal the nodes of its smallest unit are added up, so that a
+    supercell has the same sum.
+    """
+
+    def __init__(self, size: int, config: BridgeConfig):
+        super().__init__()
+        self.mean = nn.Linear(size, config.hidden_size)
+        self.total = nn.Linear(size + 2, config.hidden_size, bias=False)
+        self.most = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, mean_BF: Tensor, nodes_BnD: Tensor, there_Bn: Tensor, units_B: Tensor) -> Tensor:
+        count_B1 = units_B.clamp(max=LARGE).unsqueeze(-1).to(mean_BF) / TYPICAL
+        total_BG = torch.cat([mean_BF * count_B1, count_B1, count_B1.log()], dim=-1)
+        most_BD = nodes_BnD.masked_fill(~there_Bn.unsqueeze(-1), -torch.inf).amax(1)
+        return self.mean(mean_BF) + self.total(total_BG) + self.most(most_BD)
+
+
 @dataclass
 class Structures:
     """What the bridge reads: tokens [sum of sizes, width], structure after structure, and a summary of each."""
@@ -141,7 +162,7 @@ class Bridge(nn.Module):
         super().__init__()
         self.invariants = Invariants(structure, config)
         self.even = nn.Linear(self.invariants.size, config.hidden_size)
-        self.whole = nn.Linear(self.invariants.size, config.hidden_size)
+        self.whole = Whole(self.invariants.size, config)
         self.node_norm = nn.RMSNorm(config.hidden_size)
         if config.kind == "resampler":
             self.queries = nn.Embedding(BUCKETS[-1], config.hidden_size)
@@ -155,10 +176,12 @@ class Bridge(nn.Module):
         self.out = nn.Linear(config.hidden_size, width)
         self.hand = Hand(config, width)
 
-    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor) -> Structures:
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_B: Tensor) -> Structures:
+        """`units_B`: nodes of the smallest unit, see `unit_sizes`."""
         even_NF, odd_NP = self.invariants(features_NMC)
-        whole_BD = self.whole(mean_over(even_NF, graph_index, num_queries_B.shape[0]))
         nodes_BnD, there_Bn = padded(self.node_norm(self.even(even_NF)), graph_index, num_queries_B.shape[0])
+        mean_BF = mean_over(even_NF, graph_index, num_queries_B.shape[0])
+        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_B)
         odd_BnP, _ = padded(odd_NP, graph_index, num_queries_B.shape[0])
         asked_B = num_queries_B.clamp(min=BUCKETS[0])
         x_BKD = self.norm(self._queried(nodes_BnD, there_Bn, whole_BD, int(asked_B.max())))
@@ -184,6 +207,20 @@ class Bridge(nn.Module):
         return x_BKD
 
 
+def unit_sizes(node_type: Tensor, graph_index: Tensor, pbc: Tensor) -> Tensor:
+    """[B] nodes of packed structures; of a periodic one, of its reduced formula, so that a supercell has as many.
+
+    Args:
+        node_type: [N].
+        graph_index: [N].
+        pbc: [B,3].
+    """
+    graphs, types = pbc.shape[0], int(node_type.max()) + 1
+    counts_BV = torch.bincount(graph_index * types + node_type, minlength=graphs * types).reshape(graphs, types)
+    divisor_B = reduce(torch.gcd, counts_BV.unbind(1))
+    return counts_BV.sum(1) // torch.where(pbc.any(-1), divisor_B, 1)
+
+
 def query_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor, nodes_per_query: int) -> Tensor:
     """[B] query tokens of packed structures; a supercell has those of its smallest unit.
 
@@ -193,12 +230,8 @@ def query_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor, nodes_per_
         pbc: [B,3].
         nodes_per_query: `BridgeConfig.nodes_per_query`.
     """
-    counts = []
-    for graph, periodic in enumerate(pbc.any(-1).tolist()):
-        types = node_type[graph_index == graph]
-        units = math.gcd(*types.unique(return_counts=True)[1].tolist()) if periodic else 1
-        counts.append(num_queries(types.shape[0] // units, nodes_per_query))
-    return torch.tensor(counts, device=pbc.device)
+    units = unit_sizes(node_type, graph_index, pbc).tolist()
+    return torch.tensor([num_queries(size, nodes_per_query) for size in units], device=pbc.device)
 
 
 def mean_over(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
@@ -221,4 +254,4 @@ def padded(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> tuple[Ten
     ), there
 
 
-__all__ = ["Bridge", "Structures", "mean_over", "query_counts"]
+__all__ = ["Bridge", "Structures", "mean_over", "query_counts", "unit_sizes"]
