@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from moiety.bridge.dialogue import UNSCORED, Asking, in_mirror, string_of
-from moiety.bridge.facts import ABSTAIN, CHOICES, FITS, NUMBERS, facts_of, formula, is_kept_back, unfit
+from moiety.bridge.facts import (
+    ABSTAIN,
+    CHOICES,
+    FITS,
+    NUMBERS,
+    facts_of,
+    formula,
+    is_kept_back,
+    numbers_of,
+    unfit,
+)  # fmt: skip
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
@@ -211,22 +221,21 @@ def test_matching_and_contrast_know_a_perfect_space(bridge: tuple[Any, Any], iso
     assert Answering("answering").scored(batch).sum() == 0
 
 
-def test_numbers_are_scored_where_their_token_stands(bridge: tuple[Any, Any]) -> None:
-    model, _ = bridge
-    structures = list(Corpus.open(CORPORA / "qm9", split="train"))[:4]
-    rng = np.random.default_rng(0)
-    rows = [asking(f, n, "train", rng) for n, s in enumerate(structures) for f in facts_of(s, rng) if f.name == "gap"]
-    batch = with_neighbors(asker(bridge).dialogue(structures, rows), model.config.cutoff)
-    tokens = [scale["token_id"] for scale in model.config.numbers.values()]
-    objective = Numbers("numbers", tokens=tokens)
+def test_numbers_are_learned_of_every_structure_that_has_them(bridge: tuple[Any, Any]) -> None:
+    model, processor = bridge
+    structures = list(Corpus.open(CORPORA / "qm9", split="train"))[:8]
+    written = Asking(processor, model.config.numbers, Writer(CAPTIONS))
+    batch = with_neighbors(written(structures, torch.Generator().manual_seed(0)), model.config.cutoff)
+    known = torch.tensor([[not is_kept_back(fact, s) for fact in numbers_of(s)] for s in structures])
+    targets, objective = batch.targets["numbers"], Numbers("numbers")
+    assert torch.equal(~targets.isnan(), known) and objective.scored(batch).tolist() == known.any(1).float().tolist()
+    gap = NUMBERS["gap"]
+    assert float(targets[0, 0]) == pytest.approx((structures[0].scalars["gap"] - gap["mean"]) / gap["std"])
     output = model(**batch.inputs())
-    assert objective.scored(batch).tolist() == [1.0] * len(rows)
-    place = list(model.config.numbers).index("gap")
-    here = batch.input_ids == tokens[place]
-    output.number_values = torch.zeros_like(output.number_values)
-    output.number_log_sigmas = torch.zeros_like(output.number_log_sigmas)
-    output.number_values[..., place][here] = batch.targets["number"][:, place].float()
+    output.number_values, output.number_log_sigmas = targets.nan_to_num(), torch.zeros_like(targets)
     assert objective.loss_sum(output, batch).abs().max() < 1e-6
+    output.number_values = targets.nan_to_num() + 1
+    assert objective.loss_sum(output, batch).tolist() == pytest.approx((0.5 * known.any(1)).tolist())
 
 
 def test_controls_see_what_they_should(isomers: list[Structure]) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from moiety.bridge.dialogue import Asking, in_mirror
 from moiety.bridge.evaluate import is_right, set_exam
 from moiety.bridge.facts import formula
-from moiety.bridge.reading import answers, dialogue_of, summaries
+from moiety.bridge.reading import answers, dialogue_of, readings
 from moiety.bridge.retrieval import structure_vectors, text_vectors
 from moiety.bridge.rows import CAPTIONS, Row, Writer, asking, unfit_row
 from moiety.bridge.sources import LETTERS, joined
@@ -32,6 +32,7 @@ UNSEEN = (57, 64, 71, 92)  # lanthanides and uranium
 DELETED = 0.2  # share of the nodes
 EXPLAINED = 100
 PIECES = 200
+CROWD = 10
 
 
 def invariance(model: Any, asker: Asking, structures: Sequence[Structure]) -> dict[str, float]:
@@ -135,8 +136,8 @@ def strangers(model: Any, asker: Asking, structures: Sequence[Structure]) -> dic
 def scores(model: Any, structures: Sequence[Structure]) -> np.ndarray:
     """[S] distance from what was learned from; unseen types of nodes are beyond all."""
     found = np.zeros(len(structures))
-    for places, features, _ in summaries(model, structures):
-        found[places] = model.calibration.distance_of(features).numpy()
+    for places, output in readings(model, structures):
+        found[places] = model.calibration.distance_of(output.structure_features).numpy()
     seen = model.calibration.seen.numpy()
     strange = np.array([bool((seen[structure.node_type] == 0).any()) for structure in structures])
     return np.where(strange, np.inf, found).clip(max=1e6)
@@ -217,18 +218,20 @@ def retrieval(model: Any, processor: Any, structures: Sequence[Structure], seed:
     """Share of captions, and of structures, whose own stands first among all; beside who knows the formula alone."""
     rng = np.random.default_rng(seed)
     writer = Writer(CAPTIONS, "test")
-    texts = [writer.described_as(structure, rng) for structure in structures]
+    texts = [writer.in_full(structure, rng) for structure in structures]
     kinds = [structure.domain + formula_of(structure) for structure in structures]
     _, owners, counts = np.unique(kinds, return_inverse=True, return_counts=True)
     alike = counts[owners]
     of_structures, of_texts = structure_vectors(model, structures), text_vectors(model, processor.tokenizer, texts)
-    found = {"pool": float(len(structures)), "chance": 1 / len(structures), "formula only": float((1 / alike).mean())}
-    for name, queries, answers_ in (
-        ("text to structure", of_texts, of_structures),
-        ("structure to text", of_structures, of_texts),
-    ):
-        ranks = np.concatenate(list(_ranks(queries, answers_)))
-        found |= {f"{name} R@1": float((ranks == 0).mean()), f"{name} R@10": float((ranks < 10).mean())}
+    found = {"pool": float(len(structures)), "chance": 1 / len(structures)}
+    ranks = {
+        "text to structure": np.concatenate(list(_ranks(of_texts, of_structures))),
+        "structure to text": np.concatenate(list(_ranks(of_structures, of_texts))),
+    }
+    for among, chosen in (("", alike > 0), (f", of {CROWD} or more of one formula", alike >= CROWD)):
+        found[f"formula only R@1{among}"] = float((1 / alike[chosen]).mean())
+        for name, own in ranks.items():
+            found |= {f"{name} R@{k}{among}": float((own[chosen] < k).mean()) for k in (1, 10)}
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moiety.bridge.dialogue import UNSCORED, Asking
 from moiety.bridge.facts import facts_of
-from moiety.bridge.reading import TOGETHER, dialogue_of, numbers_of, summaries
+from moiety.bridge.reading import TOGETHER, dialogue_of, readings
 from moiety.bridge.rows import Row, asking, unfit_row
 from moiety.data.structure import Structure
 from moiety.models.modeling_bridge_moiety import QUANTILES
@@ -71,9 +71,8 @@ def set_known(calibration: Any, model: Any, known: Sequence[Structure], held_out
 
 def stacked(model: Any, structures: Sequence[Structure]) -> Tensor:
     """[S,D] summaries."""
-    found = list(summaries(model, structures))
-    places = np.concatenate([places for places, _, _ in found])
-    return torch.cat([features for _, features, _ in found])[np.argsort(places)]
+    places, found = zip(*readings(model, structures), strict=True)
+    return torch.cat([output.structure_features for output in found])[np.argsort(np.concatenate(places))]
 
 
 def questions(structure: Structure, place: int, rng: np.random.Generator) -> list[Row]:
@@ -88,18 +87,17 @@ def questions(structure: Structure, place: int, rng: np.random.Generator) -> lis
 def answered(
     model: Any, asker: Asking, structures: Sequence[Structure], rows: Sequence[Row]
 ) -> tuple[list[Tensor], list[Tensor], np.ndarray]:
-    """Logits and right tokens of all answers, and the errors of numbers in sigmas [R,P], NaN where none was asked."""
+    """Logits and right tokens of all answers, and the errors of numbers in sigmas [S,P], NaN where none is known."""
     logits, targets, errors = [], [], []
     for start in range(0, len(rows), TOGETHER):
         chosen = rows[start : start + TOGETHER]
         batch = dialogue_of(chosen, structures, asker, model.config.cutoff)
         scored = batch.targets["answer"] != UNSCORED
-        logits.append(model(**batch.inputs()).logits[scored].float())
+        output = model(**batch.inputs())
+        logits.append(output.logits[scored].float())
         targets.append(batch.targets["answer"][scored])
-        values, sigmas = numbers_of(model, batch)
-        scales = list(model.config.numbers.values())
-        mean, std = (np.array([scale[key] for scale in scales]) for key in ("mean", "std"))
-        errors.append(np.abs(mean + std * batch.targets["number"].numpy() - values) / sigmas)
+        missed = (batch.targets["numbers"] - output.number_values).abs() / output.number_log_sigmas.exp()
+        errors.append(missed.numpy())
     return logits, targets, np.concatenate(errors)
 
 

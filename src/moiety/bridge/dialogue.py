@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moiety.bridge.facts import formula
+from moiety.bridge.facts import formula, is_kept_back, numbers_of
 from moiety.bridge.rows import Row, with_wrong_ones
 from moiety.data.leak.proteins import sequence
 from moiety.data.structure import Structure
@@ -30,9 +30,9 @@ class Dialogue(Batch):
     """A batch with rows of text, padded on the left.
 
     `targets` has "answer" [R,L], the next token or UNSCORED; "about" [R], the structure that a row is scored under;
-    "right" [R], the row that a wrong one is held against, -1 of right ones; "number" [R,P], NaN where none is asked;
-    "caption" [R], of rows that are matched, not said; "statement" [R], of captions of one fact alone; "group" [B], the
-    same for partners, -1 where there are none.
+    "right" [R], the row that a wrong one is held against, -1 of right ones; "caption" [R], of rows that are matched,
+    not said; "statement" [R], of captions of one fact alone; "group" [B], the same for partners, -1 where there are
+    none; "numbers" [B,P], in standard units, NaN where none is known.
     """
 
     input_ids: Tensor | None = None  # [R, T]
@@ -113,7 +113,9 @@ class Asking:
         numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
         group = torch.tensor([numbers[name] if name else -1 for name in groups] or [-1] * len(structures))
         values: dict[str, Any] = vars(batch) | {
-            "targets": batch.targets | self._targets(rows, answer) | {"group": group}
+            "targets": batch.targets
+            | self._targets(rows, answer)
+            | {"group": group, "numbers": self._known(structures)}
         }
         return Dialogue(
             **values,
@@ -137,18 +139,21 @@ class Asking:
             raise ValueError("the chat template writes a question otherwise once it is answered")
         return given, whole[len(given) :]
 
+    def _known(self, structures: Sequence[Structure]) -> Tensor:
+        """[B,P] numbers that may be learned, in standard units."""
+        known = torch.full((len(structures), len(self._numbers)), torch.nan)
+        for place, structure in enumerate(structures):
+            for fact in numbers_of(structure):
+                if fact.value is not None and not is_kept_back(fact, structure):
+                    scale = self._numbers[fact.name]
+                    known[place, list(self._numbers).index(fact.name)] = (fact.value - scale["mean"]) / scale["std"]
+        return known
+
     def _targets(self, rows: Sequence[Row], answer: Tensor) -> dict[str, Tensor]:
-        numbers = torch.full((len(rows), len(self._numbers)), torch.nan)
-        for place, row in enumerate(rows):
-            if row.number:
-                name, value = row.number
-                scale = self._numbers[name]
-                numbers[place, list(self._numbers).index(name)] = (value - scale["mean"]) / scale["std"]
         return {
             "answer": answer,
             "about": torch.tensor([row.about for row in rows]),
             "right": torch.tensor([row.right for row in rows]),
-            "number": numbers,
             "caption": torch.tensor([row.is_caption for row in rows]),
             "statement": torch.tensor([row.is_statement for row in rows]),
         }

@@ -84,10 +84,15 @@ KEPT_BACK = 0.1  # of the combinations of a question and of elements: they are a
 def facts_of(structure: Structure, rng: np.random.Generator) -> Iterator[Fact]:
     """Everything that can be asked of a structure; where a fact has many subjects (elements, groups), one is drawn."""
     yield from _of_composition(structure, rng)
-    if structure.domain == "molecule" and structure.text and (graph := _graph(structure.text[0])) is not None:
+    if (graph := graph_of(structure)) is not None:
         yield from _of_bonds(graph, rng)
     if (fact := structure.groups.get("fact")) in CHOICES:
         yield Fact(fact, "C", structure.groups["answer"], {}, CHOICES[fact])
+    yield from numbers_of(structure)
+
+
+def numbers_of(structure: Structure) -> Iterator[Fact]:
+    """What number heads learn of it."""
     for name in NUMBERS:
         if structure.source == "qm9" and name in structure.scalars:
             yield Fact(name, "N", name, {}, value=structure.scalars[name])
@@ -116,16 +121,32 @@ def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
     aromatic = any(atom.GetIsAromatic() for atom in graph.GetAtoms())
     yield Fact("aromatic", "B", YES if aromatic else NO, {}, (YES, NO))
     yield Fact("donors", "B", str(rdMolDescriptors.CalcNumHBD(graph)), {})
-    held = [name for name, pattern in _patterns().items() if graph.HasSubstructMatch(pattern)]
+    held = _held(graph)
     others = [name for name in GROUPS if name not in held]
     asked = held if held and (rng.random() < 0.5 or not others) else others
     name = asked[rng.integers(len(asked))]
     yield Fact("group", "B", YES if name in held else NO, {"group": name}, (YES, NO))
 
 
+def groups_of(structure: Structure) -> list[Fact]:
+    """Every functional group that a molecule has, as a fact."""
+    graph = graph_of(structure)
+    held = _held(graph) if graph is not None else []
+    return [Fact("group", "B", YES, {"group": name}, (YES, NO)) for name in held]
+
+
+def _held(graph: Chem.Mol) -> list[str]:
+    return [name for name, pattern in _patterns().items() if graph.HasSubstructMatch(pattern)]
+
+
 def element(number: int) -> str:
     """Its English name, in small letters."""
     return atomic_names[number].lower()
+
+
+def graph_of(structure: Structure) -> Chem.Mol | None:
+    """Of a molecule whose SMILES is known."""
+    return _graph(structure.text[0]) if structure.domain == "molecule" and structure.text else None
 
 
 @lru_cache(maxsize=100_000)

@@ -74,32 +74,26 @@ class Preference(OfRows):
         return math.log1p(math.exp(self.margin))
 
 
-class Numbers(OfRows):
-    """Negative log-likelihood of a measured number under the Gaussian that its head says where its token stands.
+class Numbers(Objective):
+    """Negative log-likelihood of the numbers of a structure under the Gaussians of its heads, a mean over those known.
 
     Weighted by sigma (beta-NLL with beta = 1/2: Seitzer et al., arXiv 2203.09168), so that hard structures are learned
     from, too.
     """
 
-    def __init__(self, name: str, tokens: list[int], weight: float = 1.0):
-        """`tokens`: of the properties, in their order."""
-        super().__init__(name, weight)
-        self.tokens = tokens
+    def __init__(self, name: str, weight: float = 1.0):
+        self.name, self.weight = name, weight
 
-    def applies(self, batch: Dialogue) -> Tensor:
-        return (batch.targets["right"] < 0) & ~batch.targets["number"].isnan().all(1)
+    def scored(self, batch: Any) -> Tensor:
+        return (~batch.targets["numbers"].isnan()).any(1).to(batch.positions)
 
-    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
-        assert batch.input_ids is not None
-        target_RP = batch.targets["number"].to(output.number_values.dtype)
-        here_RTP = batch.input_ids.unsqueeze(-1) == torch.tensor(self.tokens, device=batch.input_ids.device)
-        value_RP, log_sigma_RP = (
-            torch.where(here_RTP, said, 0).sum(1) for said in (output.number_values, output.number_log_sigmas)
-        )
-        error_RP = torch.nan_to_num(target_RP - value_RP)
-        loss_RP = 0.5 * (error_RP * torch.exp(-log_sigma_RP)).square() + log_sigma_RP
-        loss_RP = loss_RP * log_sigma_RP.exp().detach()
-        return torch.where(target_RP.isnan(), 0.0, loss_RP).sum(1)
+    def loss_sum(self, output: Any, batch: Any) -> Tensor:
+        target_SP = batch.targets["numbers"].to(output.number_values.dtype)
+        known_SP = ~target_SP.isnan()
+        error_SP = torch.nan_to_num(target_SP - output.number_values)
+        sigma_SP = output.number_log_sigmas.exp()
+        loss_SP = (0.5 * (error_SP / sigma_SP).square() + output.number_log_sigmas) * sigma_SP.detach()
+        return torch.where(known_SP, loss_SP, 0.0).sum(1) / known_SP.sum(1).clamp(min=1)
 
 
 class Contrast(OfRows):

@@ -67,10 +67,11 @@ def _said(model: Any, asking: Asking, batch: Dialogue, rows: Sequence[Row]) -> I
     logs_RT = logits.log_softmax(-1).gather(2, words_RT.unsqueeze(-1)).squeeze(-1)
     ends_RT = (words_RT == tokenizer.eos_token_id).cumsum(1)
     logs_R = torch.where((ends_RT == 0) | ((ends_RT == 1) & (words_RT == tokenizer.eos_token_id)), logs_RT, 0.0).sum(1)
-    numbers = numbers_of(model, batch) if any(row.number for row in rows) else None
+    about = batch.targets["about"].tolist()
+    numbers = in_units(model, model(**batch.inputs())) if any(row.number for row in rows) else ()
     for number, text in enumerate(tokenizer.batch_decode(words_RT, skip_special_tokens=False)):
         answer = text.split(tokenizer.eos_token)[0].strip()
-        own = (numbers[0][number], numbers[1][number]) if numbers and rows[number].number else (None, None)
+        own = [found[about[number]] for found in numbers] if rows[number].number else []
         yield Said(answer, math.exp(float(logs_R[number])), *own)
 
 
@@ -89,26 +90,19 @@ def prompts_of(batch: Dialogue, pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-@torch.no_grad()
-def numbers_of(model: Any, batch: Dialogue) -> tuple[Array, Array]:
-    """[R,P] values and sigmas where the right answer has the token of a number, in units; NaN elsewhere."""
-    assert batch.input_ids is not None
-    output = model(**batch.inputs())
+def in_units(model: Any, output: Any) -> tuple[Array, Array]:
+    """[S,P] values and calibrated sigmas that heads say of the structures of an output, in units."""
     scales = list(model.config.numbers.values())
-    here_RTP = batch.input_ids.unsqueeze(-1) == torch.tensor([scale["token_id"] for scale in scales])
-    values = torch.where(here_RTP, output.number_values, 0).sum(1)
-    sigmas = torch.where(here_RTP, output.number_log_sigmas.exp(), 0).sum(1) * model.calibration.sigma_scale
     mean, std = (np.array([scale[key] for scale in scales]) for key in ("mean", "std"))
-    there = here_RTP.any(1).numpy()
-    return np.where(there, mean + std * values.numpy(), np.nan), np.where(there, std * sigmas.numpy(), np.nan)
+    sigmas = output.number_log_sigmas.exp() * model.calibration.sigma_scale
+    return mean + std * output.number_values.numpy(), std * sigmas.numpy()
 
 
 @torch.no_grad()
-def summaries(model: Any, structures: Sequence[Structure], see: Any = None) -> Iterator[tuple[Array, Tensor, Tensor]]:
-    """For some structures at a time: their places, summaries [S,D] and embeddings [S,E] in the space of texts."""
+def readings(model: Any, structures: Sequence[Structure]) -> Iterator[tuple[Array, Any]]:
+    """For some structures at a time: their places, and what the model makes of them where they stand alone."""
     order = np.argsort([structure.num_nodes for structure in structures], kind="stable")
     for start in range(0, len(order), TOGETHER):
         places = order[start : start + TOGETHER]
-        shown = [structures[place] if see is None else see(structures[place]) for place in places]
-        output = model(**with_neighbors(packed(shown), model.config.cutoff).inputs())
-        yield places, output.structure_features, output.structure_embeds
+        batch = with_neighbors(packed([structures[place] for place in places]), model.config.cutoff)
+        yield places, model(**batch.inputs())

@@ -18,11 +18,8 @@ import faiss
 import numpy as np
 import torch
 
-from moiety.bridge.dialogue import Asking
 from moiety.bridge.facts import FITS, NUMBERS
-from moiety.bridge.questions import sentences
-from moiety.bridge.reading import TOGETHER, dialogue_of, numbers_of, summaries
-from moiety.bridge.rows import Row, number_token
+from moiety.bridge.reading import TOGETHER, in_units, readings
 from moiety.data.shards import complete_or_absent
 from moiety.data.structure import Structure
 from moiety.errors import InputError
@@ -123,18 +120,17 @@ class Condition:
         return found
 
 
-def index_structures(model: Any, asking: Asking, structures: Sequence[Structure], facts: dict[str, Any]) -> Index:
+def index_structures(model: Any, structures: Sequence[Structure], facts: dict[str, Any]) -> Index:
     """Of structures: their embeddings, and what number heads say of those they make sense for."""
+    vectors = np.zeros((len(structures), model.config.bridge_config.embedding_size), dtype=np.float32)
     values = {name: np.full((len(structures), 2), np.nan) for name in model.config.numbers}
-    for number, name in enumerate(model.config.numbers):
-        fitting = [place for place, one in enumerate(structures) if one.domain == FITS[name]]
-        fitting.sort(key=lambda place: structures[place].num_nodes)
-        for start in range(0, len(fitting), TOGETHER):
-            chosen = fitting[start : start + TOGETHER]
-            rows = [Row(p, number_token(name), sentences()[name]["train"][0], (p,), number=(name, 0.0)) for p in chosen]
-            said, sigmas = numbers_of(model, dialogue_of(rows, structures, asking, model.config.cutoff))
-            values[name][chosen] = np.stack([said[:, number], sigmas[:, number]], axis=1)
-    return Index(structure_vectors(model, structures), [structure.id for structure in structures], values, facts)
+    for places, output in readings(model, structures):
+        vectors[places] = output.structure_embeds.numpy()
+        said = np.stack(in_units(model, output), axis=-1)  # [S,P,2]
+        for number, name in enumerate(values):
+            fitting = np.array([structures[place].domain == FITS[name] for place in places])
+            values[name][places[fitting]] = said[fitting, number]
+    return Index(vectors, [structure.id for structure in structures], values, facts)
 
 
 def index_texts(model: Any, tokenizer: Any, texts: Sequence[str], facts: dict[str, Any]) -> Index:
@@ -158,6 +154,6 @@ def text_vectors(model: Any, tokenizer: Any, texts: Sequence[str]) -> Array:
 def structure_vectors(model: Any, structures: Sequence[Structure]) -> Array:
     """[n,E] unit vectors."""
     vectors = np.zeros((len(structures), model.config.bridge_config.embedding_size), dtype=np.float32)
-    for places, _, embeds in summaries(model, structures):
-        vectors[places] = embeds.numpy()
+    for places, output in readings(model, structures):
+        vectors[places] = output.structure_embeds.numpy()
     return vectors

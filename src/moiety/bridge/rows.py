@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from moiety.bridge.facts import ABSTAIN, WIDER, Fact, facts_of, formula, is_kept_back, unfit
+from moiety.bridge.facts import ABSTAIN, WIDER, Fact, facts_of, formula, groups_of, is_kept_back, unfit
 from moiety.bridge.questions import caption, question, worn
 from moiety.data.structure import Structure
 from moiety.models.processing_bridge_moiety import PLACEHOLDER
@@ -19,7 +19,7 @@ NAMED = "named"  # the entry of `Structure.groups` that says of which kind a str
 DESCRIBED = "description"
 CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
 PHRASES = 3  # in which what tells partners apart is said, of each structure
-MOST_SAID = 3  # facts of a caption, besides the one of class C
+MOST_SAID, MOST_IN_CAPTIONS = 3, 8  # facts of a description, and of one that is to be found, besides that of class C
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Writer:
         split: str = "train",
         asked: int = 2,
         geometric: float = 0.8,
-        numeric: float = 0.8,
+        numeric: float = 0.4,
         worn: float = 0.3,
         unfitting: float = 0.04,
         described: float = 0.1,
@@ -73,8 +73,7 @@ class Writer:
             split: whose sentences are used; combinations that are kept back are asked in others than "train" alone.
             asked: facts that each structure is asked for.
             geometric: chance that a structure with a fact of class C is asked for that.
-            numeric: chance that one with numbers is asked for one of them; of captions, that such a question stands
-                beside.
+            numeric: chance that one with numbers is asked for one of them.
             worn: share of the questions that some words fall out of.
             unfitting: chance of a question that makes no sense of it.
             described: share of the other micro-batches in which descriptions are asked for.
@@ -134,11 +133,7 @@ class Writer:
         if kind := structure.groups.get(NAMED):
             return [self._named(place, structure, kind, in_captions, rng)]
         if in_captions:
-            said = Row(place, self.described_as(structure, rng), is_caption=True)
-            numbers = [fact for fact in self._allowed(structure, rng) if fact.kind == "N"]
-            if not numbers or self.text == WORDS or rng.random() > self.numeric:
-                return [said]
-            return [said, asking(numbers[rng.integers(len(numbers))], place, self.split, rng)]
+            return [Row(place, self.described_as(structure, rng, most=MOST_IN_CAPTIONS), is_caption=True)]
         if describing:
             asked = question(Fact("caption", "", "", {}), self.split, rng)
             return [Row(place, self.described_as(structure, rng), asked, (place,))]
@@ -170,15 +165,26 @@ class Writer:
         facts = list(facts_of(structure, rng))
         return [fact for fact in facts if self.split != "train" or not is_kept_back(fact, structure)] or facts[:1]
 
-    def described_as(self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None) -> str:
-        """What it is, its formula, the fact of class C where there is one, what is asked, and a few others."""
+    def described_as(
+        self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
+    ) -> str:
+        """What it is, its formula, the fact of class C where there is one, what is asked, and up to `most` others."""
         what, *others = (fact for fact in facts_of(structure, rng) if fact.kind != "N")
         geometric = [fact for fact in others if fact.kind == "C"]
-        more = [fact for fact in others if fact.kind != "C" and (asked is None or fact.name != asked.name)]
-        chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(MOST_SAID + 1)]]
+        more = [*others, *groups_of(structure)]
+        more = [fact for fact in more if fact.kind != "C" and (asked is None or fact.name != asked.name)]
+        chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(most + 1)]]
         if asked is not None and asked.kind != "C" and asked.name != what.name:
             chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
-        said = caption([what, *chosen, *geometric], rng)
+        return self._said(structure, [what, *chosen, *geometric], rng)
+
+    def in_full(self, structure: Structure, rng: np.random.Generator) -> str:
+        """All that can be said of it."""
+        facts = [fact for fact in facts_of(structure, rng) if fact.kind != "N" and fact.name != "group"]
+        return self._said(structure, [*facts, *groups_of(structure)], rng)
+
+    def _said(self, structure: Structure, facts: Sequence[Fact], rng: np.random.Generator) -> str:
+        said = caption(facts, rng)
         return said if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {said}"
 
 

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from moiety.bridge.dialogue import Asking
 from moiety.bridge.export import load_bridge
 from moiety.bridge.retrieval import (
     Condition,
@@ -17,7 +16,6 @@ from moiety.bridge.retrieval import (
     structure_vectors,
     text_vectors,
 )
-from moiety.bridge.rows import QUESTIONS, Writer
 from moiety.bridge.use import first_structure
 from moiety.data.shards import Corpus, read_manifest
 from moiety.data.texts import TextCorpus
@@ -69,7 +67,6 @@ def opened_index(where_in: Path, model_dir: Path, model: Any, processor: Any) ->
     if "text" in manifest["domains"]:
         index = index_texts(model, processor.tokenizer, TextCorpus.open(where_in).table["text"].to_pylist(), facts)
     else:
-        asking = Asking(processor, model.config.numbers, Writer(QUESTIONS))
-        index = index_structures(model, asking, list(Corpus.open(where_in)), facts)
+        index = index_structures(model, list(Corpus.open(where_in)), facts)
     index.save(folder)
     return index

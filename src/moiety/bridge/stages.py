@@ -23,7 +23,7 @@ from moiety.bridge.dialogue import Asking, See
 from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
-from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Writer, number_token
+from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Writer
 from moiety.bridge.sources import Named, Prose, Single, Together
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
@@ -125,10 +125,9 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
     """
     torch.manual_seed(config.training.seed)
     model, processor = starting_bridge(config)
-    numbers = model.config.numbers
     asking = Asking(
         processor,
-        numbers,
+        model.config.numbers,
         Writer(config.text),
         contrast="preference" in config.objectives,
         mirrored=True,
@@ -143,7 +142,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
     adapted = choose_trained(model, config)
     for line in told(adapted):
         run.progress.note(line)
-    objectives = build_bridge_objectives(config.objectives, processor, numbers)
+    objectives = build_bridge_objectives(config.objectives)
     fit(run, adapted, mixture, objectives, config.optimizer, config.training, make=asking)
     weights = run.weights()
     if weights is None:
@@ -262,16 +261,12 @@ def opened(source: BridgeSourceConfig) -> Any:
     return Single(corpus, source.most)
 
 
-def build_bridge_objectives(
-    settings: dict[str, dict[str, Any]], processor: MoietyBridgeProcessor, numbers: dict[str, Any]
-) -> list[Objective]:
+def build_bridge_objectives(settings: dict[str, dict[str, Any]]) -> list[Objective]:
     """The objectives of a stage by name."""
-    tokens = [processor.tokenizer.convert_tokens_to_ids(number_token(name)) for name in numbers]
     built: list[Objective] = []
     for name, own in settings.items():
-        given = {"tokens": tokens} if name == "numbers" else {}
         try:
-            built.append(OBJECTIVES[name](name, **given, **own))
+            built.append(OBJECTIVES[name](name, **own))
         except TypeError as error:
             raise InputError(f"objectives.{name}: {error}") from None
     return built

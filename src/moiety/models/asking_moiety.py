@@ -150,7 +150,7 @@ class Words:
     @torch.no_grad()
     def log_probability(self, tokens: Tensor) -> Tensor:
         """Of an answer, with the temperature of the calibration."""
-        return self._scored(tokens, self.found)[0]
+        return self._scored(tokens, self.found)
 
     def written(self, tokens: Tensor) -> tuple[str, list[Number]]:
         """The answer with its numbers in the place of their tokens."""
@@ -159,13 +159,12 @@ class Words:
         known = self.model.config.numbers or {}
         if any(own["token_id"] in tokens.tolist() for own in known.values()):
             with torch.no_grad():
-                values, sigmas = self._scored(tokens, self.found)[1]  # type: ignore[misc]  # there is a head
-            start = self.prompt_1T.shape[1]
+                values, log_sigmas = self.model.number_head(self.found.even[-1])  # the structure that stands last
+            sigmas = log_sigmas.exp() * self.model.calibration.sigma_scale
             for place, (name, own) in enumerate(known.items()):
-                for where in (tokens == own["token_id"]).nonzero().flatten().tolist():
-                    value = own["mean"] + own["std"] * float(values[0, start + where, place])
-                    sigma = own["std"] * float(sigmas[0, start + where, place])
-                    numbers.append(Number(name, value, sigma, own["unit"]))
+                for _ in range(int((tokens == own["token_id"]).sum())):
+                    value = own["mean"] + own["std"] * float(values[place])
+                    numbers.append(Number(name, value, own["std"] * float(sigmas[place]), own["unit"]))
                     token = self.tokenizer.convert_ids_to_tokens(own["token_id"])
                     text = text.replace(token, str(numbers[-1]), 1)
         for special in self.tokenizer.all_special_tokens:
@@ -175,7 +174,7 @@ class Words:
     def node_weights(self, tokens: Tensor) -> list[float]:
         """[N] gradient of the answer's log probability times what the bridge read of each node, as shares."""
         features = self.features.detach().clone().requires_grad_()
-        self._scored(tokens, self._bridged(features))[0].backward()
+        self._scored(tokens, self._bridged(features)).backward()
         with torch.no_grad():
             share = (features.grad * features).flatten(1).sum(1).abs()
             return (share / share.sum().clamp(min=1e-30)).tolist()
@@ -186,19 +185,13 @@ class Words:
     def _bridged(self, features: Tensor) -> Any:
         return self.model.bridged(features, self.structures["num_queries"], self.structures)
 
-    def _scored(self, tokens: Tensor, found: Any) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Log probability of an answer, and the numbers at every token of prompt and answer."""
+    def _scored(self, tokens: Tensor, found: Any) -> Tensor:
+        """Log probability of an answer."""
         model, length = self.model, len(tokens)
-        ids = torch.cat([self.prompt_1T, tokens.unsqueeze(0)], dim=1)
-        reading = model.placed(ids, found)
-        output = model.language_model(inputs_embeds=reading.embeds, output_hidden_states=True)
-        logits_LV = output.logits[0, -length - 1 : -1].float() / model.calibration.temperature
-        log = logits_LV.log_softmax(-1).gather(1, tokens.unsqueeze(1)).sum()
-        if model.number_head is None:
-            return log, None
-        near = found.even[reading.owner.clamp(min=0)] * (reading.owner >= 0).unsqueeze(-1)
-        value, log_sigma = model.number_head(output.hidden_states[-1].to(near.dtype), near)
-        return log, (value, log_sigma.exp() * model.calibration.sigma_scale)
+        reading = model.placed(torch.cat([self.prompt_1T, tokens.unsqueeze(0)], dim=1), found)
+        logits = model.language_model(inputs_embeds=reading.embeds).logits
+        logits_LV = logits[0, -length - 1 : -1].float() / model.calibration.temperature
+        return logits_LV.log_softmax(-1).gather(1, tokens.unsqueeze(1)).sum()
 
 
 __all__ = ["Answer", "Number", "Words", "ask"]

@@ -33,9 +33,9 @@ SHARPNESS, MOST_SHARP = 10.0, 100.0  # of the match between texts and structures
 
 @dataclass
 class MoietyBridgeOutput(ModelOutput):
-    """What the language model says of the next token, what the number heads say where it stands, and embeddings.
+    """What the language model says of the next token, what the number heads say of the structures, and embeddings.
 
-    `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [R,T,P] in units of their
+    `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [S,P] in units of their
     spread; `structure_embeds` [S,E] and `text_embeds` [R,E], whose products are log odds of belonging together;
     `structure_features` [S,D], invariants of each structure.
     """
@@ -54,32 +54,29 @@ class MoietyBridgeOutput(ModelOutput):
 
 @dataclass
 class Reading:
-    """Structures in a text: `embeds` [R,T,W]; their invariants; the last one before each token, -1 for none [R,T]."""
+    """Structures in a text: `embeds` [R,T,W], and what the bridge makes of them."""
 
     embeds: Tensor
     structures: Structures
-    owner: Tensor
 
 
 class NumberHead(nn.Module):
-    """Value and log sigma of every property where the text stands, from the text so far and from the structure.
+    """Value and log sigma of every property, from what the bridge reads of a structure: [S,D] -> [S,P] twice.
 
-    [R,T,W] and [R,T,D] -> [R,T,P] twice, in standard units.
+    In standard units. The text says which property, and when; no property depends on the words it is asked for in.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__()
-        width, inner = config.text_config.hidden_size, config.bridge_config.hidden_size
+        width = config.bridge_config.hidden_size
         self.num_properties = len(config.numbers or {})
-        self.text = nn.Linear(width, inner)
-        self.structure = nn.Linear(inner, inner)
-        self.out = nn.Sequential(
-            nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, 2 * self.num_properties)
-        )
+        self.map = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU(),
+            nn.Linear(2 * width, 2 * self.num_properties),
+        )  # fmt: skip
 
-    def forward(self, text_RTW: Tensor, structure_RTD: Tensor) -> tuple[Tensor, Tensor]:
-        said = self.out(self.text(text_RTW) + self.structure(structure_RTD))
-        value, log_sigma = said.split(self.num_properties, dim=-1)
+    def forward(self, even_SD: Tensor) -> tuple[Tensor, Tensor]:
+        value, log_sigma = self.map(even_SD).split(self.num_properties, dim=-1)
         return value, log_sigma.clamp(-6, 3)
 
 
@@ -248,11 +245,8 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         within_K = torch.arange(owner_K.shape[0], device=owner_K.device)
         within_K = within_K - torch.repeat_interleave(sizes_A.cumsum(0) - sizes_A, sizes_A)
         tokens_KW = found.tokens[(found.sizes.cumsum(0) - found.sizes)[owner_K] + within_K].to(text_RTW.dtype)
-        owner_RT = torch.full_like(input_ids, -1).masked_scatter(here_RT, owner_K)
-        last_RT = torch.where(here_RT, torch.arange(input_ids.shape[1], device=input_ids.device), -1).cummax(1).values
-        owner_RT = torch.where(last_RT >= 0, owner_RT.gather(1, last_RT.clamp(min=0)), -1)
         read_RTW = text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + 0 * found.tokens.sum()
-        return Reading(read_RTW, found, owner_RT)
+        return Reading(read_RTW, found)
 
     def _one_atom(self, device: torch.device) -> dict[str, Tensor]:
         """A structure for a text without one; it stands nowhere."""
@@ -351,20 +345,19 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask_RT: Tensor | None,
         reading: Reading,
     ) -> None:
-        """Numbers from the last layer of the language model, and embeddings of texts from the middle one.
+        """Numbers and embeddings; of texts from the middle layer of the language model.
 
         The last layer is about the next word: after "R" and after "S" it says the same.
         """
         words_RT = ids_RT != self.config.structure_token_id
         words_RT = words_RT if mask_RT is None else words_RT & mask_RT.bool()
-        dtype = reading.structures.even.dtype
+        found, dtype = reading.structures, reading.structures.even.dtype
         answer.structure_embeds, answer.text_embeds = self.space(
-            reading.structures, hidden[len(hidden) // 2].to(dtype), ids_RT, words_RT
+            found, hidden[len(hidden) // 2].to(dtype), ids_RT, words_RT
         )
-        answer.structure_features = reading.structures.even
+        answer.structure_features = found.even
         if self.number_head is not None:
-            near_RTD = reading.structures.even[reading.owner.clamp(min=0)] * (reading.owner >= 0).unsqueeze(-1)
-            answer.number_values, answer.number_log_sigmas = self.number_head(hidden[-1].to(dtype), near_RTD)
+            answer.number_values, answer.number_log_sigmas = self.number_head(found.even)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
