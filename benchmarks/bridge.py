@@ -1,8 +1,8 @@
 """What the text bridge knows of structures, beside everything that could say as much without reading them.
 
-    make bridge                                  one seed, the controls that are retrained: an hour on two cores
-    python benchmarks/bridge.py --seeds 0,1,2 --arms all     the table of docs/bridge.md; hours
-    python benchmarks/bridge.py --show           what is there by now; trains nothing
+    make bridge                                             one seed, four arms; hours on two cores
+    python benchmarks/bridge.py --seeds 0,1,2 --arms all    the table of docs/bridge.md
+    python benchmarks/bridge.py --show                      what is there by now; trains nothing
 
 Every arm is trained by the same stages with the same steps (finetune/configs/bridge_*.yaml), a process an arm, as many
 at a time as there are cores. The language model, which is new, is shared. It is small: what is tested is the mechanism.

@@ -17,6 +17,7 @@ from moiety.bridge.facts import (
     NUMBERS,
     facts_of,
     formula,
+    groups_of,
     is_kept_back,
     numbers_of,
     unfit,
@@ -24,7 +25,7 @@ from moiety.bridge.facts import (
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
-from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Row, Writer, asking, compared, with_wrong_ones
+from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Row, Writer, asking, compared, in_full, with_wrong_ones
 from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
 from moiety.bridge.stages import blinded, composition_only
 from moiety.data.shards import Corpus
@@ -115,7 +116,7 @@ def test_every_fact_has_a_hundred_ways_to_be_asked_and_none_is_in_two_splits() -
 def test_words_fall_out_of_a_worn_question_but_none_that_it_is_about() -> None:
     rng = np.random.default_rng(0)
     whole = "Is there any nitrogen in it, or at the least some of it somewhere?"
-    found = [worn(whole, "nitrogen", rng) for _ in range(50)]
+    found = [worn(whole, ["nitrogen"], rng) for _ in range(50)]
     assert all("nitrogen" in one for one in found) and len(set(found)) > 20
     assert 0.75 < np.mean([len(one.split()) for one in found]) / len(whole.split()) < 0.95
 
@@ -199,6 +200,16 @@ def test_in_words_alone_an_answer_can_be_read_from_the_description(isomers: list
     for row, structure in zip(rows, isomers, strict=True):
         assert row.read == () and not row.is_caption
         assert row.answer == structure.groups["answer"] and row.answer in row.question
+
+
+def test_all_that_can_be_said_of_a_structure_names_its_formula_and_every_group() -> None:
+    said_of = 0
+    for structure in list(Corpus.open(CORPORA / "qm9", split="train"))[:20]:
+        said = in_full(structure, np.random.default_rng(0))
+        groups = [fact.about["group"] for fact in groups_of(structure)]
+        assert said.startswith(formula(structure)) and all(group in said for group in groups)
+        said_of += len(groups)
+    assert said_of > 10
 
 
 def test_statements_say_what_tells_partners_apart_and_nothing_else(isomers: list[Structure]) -> None:

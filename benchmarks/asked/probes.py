@@ -19,7 +19,7 @@ from moiety.bridge.evaluate import is_right, set_exam
 from moiety.bridge.facts import formula
 from moiety.bridge.reading import answers, dialogue_of, readings
 from moiety.bridge.retrieval import structure_vectors, text_vectors
-from moiety.bridge.rows import CAPTIONS, Row, Writer, asking, unfit_row
+from moiety.bridge.rows import Row, Writer, asking, in_full, unfit_row
 from moiety.bridge.sources import LETTERS, joined
 from moiety.data.structure import Structure
 from moiety.data.texts import TextCorpus
@@ -32,7 +32,7 @@ UNSEEN = (57, 64, 71, 92)  # lanthanides and uranium
 DELETED = 0.2  # share of the nodes
 EXPLAINED = 100
 PIECES = 200
-CROWD = 10
+CROWD = 10  # structures of one formula
 
 
 def invariance(model: Any, asker: Asking, structures: Sequence[Structure]) -> dict[str, float]:
@@ -217,8 +217,7 @@ def answer_log(model: Any, processor: Any, structure: Structure, row: Row, witho
 def retrieval(model: Any, processor: Any, structures: Sequence[Structure], seed: int = 0) -> dict[str, float]:
     """Share of captions, and of structures, whose own stands first among all; beside who knows the formula alone."""
     rng = np.random.default_rng(seed)
-    writer = Writer(CAPTIONS, "test")
-    texts = [writer.in_full(structure, rng) for structure in structures]
+    texts = [in_full(structure, rng) for structure in structures]
     kinds = [structure.domain + formula_of(structure) for structure in structures]
     _, owners, counts = np.unique(kinds, return_inverse=True, return_counts=True)
     alike = counts[owners]

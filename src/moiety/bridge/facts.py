@@ -84,7 +84,7 @@ KEPT_BACK = 0.1  # of the combinations of a question and of elements: they are a
 def facts_of(structure: Structure, rng: np.random.Generator) -> Iterator[Fact]:
     """Everything that can be asked of a structure; where a fact has many subjects (elements, groups), one is drawn."""
     yield from _of_composition(structure, rng)
-    if (graph := graph_of(structure)) is not None:
+    if (graph := _graph_of(structure)) is not None:
         yield from _of_bonds(graph, rng)
     if (fact := structure.groups.get("fact")) in CHOICES:
         yield Fact(fact, "C", structure.groups["answer"], {}, CHOICES[fact])
@@ -130,7 +130,7 @@ def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
 
 def groups_of(structure: Structure) -> list[Fact]:
     """Every functional group that a molecule has, as a fact."""
-    graph = graph_of(structure)
+    graph = _graph_of(structure)
     held = _held(graph) if graph is not None else []
     return [Fact("group", "B", YES, {"group": name}, (YES, NO)) for name in held]
 
@@ -144,7 +144,7 @@ def element(number: int) -> str:
     return atomic_names[number].lower()
 
 
-def graph_of(structure: Structure) -> Chem.Mol | None:
+def _graph_of(structure: Structure) -> Chem.Mol | None:
     """Of a molecule whose SMILES is known."""
     return _graph(structure.text[0]) if structure.domain == "molecule" and structure.text else None
 

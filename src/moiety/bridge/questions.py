@@ -52,11 +52,11 @@ def question(fact: Fact, split: str, rng: np.random.Generator) -> str:
     return known[rng.integers(len(known))].format(**fact.about)
 
 
-def worn(text: str, kept: str, rng: np.random.Generator) -> str:
+def worn(text: str, kept: Sequence[str], rng: np.random.Generator) -> str:
     """A question that some words have fallen out of, none of them from `kept`: no single word is to be relied on."""
     words = text.split()
     stays = rng.random(len(words)) >= FALLEN
-    return " ".join(word for word, there in zip(words, stays, strict=True) if there or word.strip("?.,:") in kept)
+    return " ".join(word for word, there in zip(words, stays, strict=True) if there or word.strip("?.,:()") in kept)
 
 
 def statement(fact: Fact, rng: np.random.Generator) -> str:

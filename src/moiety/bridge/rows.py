@@ -121,7 +121,7 @@ class Writer:
     def _worn(self, row: Row, rng: np.random.Generator) -> Row:
         if row.fact is None:
             return row
-        kept = " ".join([*row.fact.about.values(), *row.fact.choices])
+        kept = " ".join([*row.fact.about.values(), *row.fact.choices]).split()
         return replace(row, question=worn(row.question, kept, rng))
 
     def _of_one(
@@ -176,16 +176,19 @@ class Writer:
         chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(most + 1)]]
         if asked is not None and asked.kind != "C" and asked.name != what.name:
             chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
-        return self._said(structure, [what, *chosen, *geometric], rng)
+        return _said(structure, [what, *chosen, *geometric], rng)
 
-    def in_full(self, structure: Structure, rng: np.random.Generator) -> str:
-        """All that can be said of it."""
-        facts = [fact for fact in facts_of(structure, rng) if fact.kind != "N" and fact.name != "group"]
-        return self._said(structure, [*facts, *groups_of(structure)], rng)
 
-    def _said(self, structure: Structure, facts: Sequence[Fact], rng: np.random.Generator) -> str:
-        said = caption(facts, rng)
-        return said if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {said}"
+def in_full(structure: Structure, rng: np.random.Generator) -> str:
+    """All that can be said of a structure."""
+    facts = [fact for fact in facts_of(structure, rng) if fact.kind != "N" and fact.name != "group"]
+    return _said(structure, [*facts, *groups_of(structure)], rng)
+
+
+def _said(structure: Structure, facts: Sequence[Fact], rng: np.random.Generator) -> str:
+    """The formula, where there is one, and the facts."""
+    said = caption(facts, rng)
+    return said if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {said}"
 
 
 def asking(fact: Fact, place: int, split: str, rng: np.random.Generator) -> Row:

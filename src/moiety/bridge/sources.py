@@ -22,7 +22,7 @@ from moiety.errors import InputError
 Array = np.ndarray
 PAIR = "pair"  # the entry of `Structure.groups` that partners share
 COMPANY = 4  # structures of one composition that are read together
-TEXT_NODES = 24  # that a row about a structure counts as: small structures would fill a micro-batch by the hundred
+TEXT_NODES = 24  # that the text about a structure counts as: small structures would fill a micro-batch by the hundred
 LETTERS_PER_NODE = 8.0  # a text counts as so many nodes against the budget
 LETTERS = 240  # of a piece of prose: about as long as the captions and questions that it is padded beside
 
