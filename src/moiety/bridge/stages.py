@@ -140,6 +140,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
     if not config.start and LANGUAGE not in config.trained:
         standardise(model, mixture, asking)
     adapted = choose_trained(model, config)
+    model.text_alone = config.text == CAPTIONS
     for line in told(adapted):
         run.progress.note(line)
     objectives = build_bridge_objectives(config.objectives)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,7 +162,13 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Tower and bridge run also where the text has no structure, on one of one atom: under ZeRO-3 ranks that call
     different modules wait for each other for ever.
+
+    Attributes:
+        text_alone: set where no rank ever has a structure in a text, as long as texts are only matched: a frozen
+            language model then has no gradient to carry, and is not walked backwards.
     """
+
+    text_alone = False
 
     config_class = MoietyBridgeConfig
     base_model_prefix = "model"
@@ -245,8 +251,10 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         within_K = torch.arange(owner_K.shape[0], device=owner_K.device)
         within_K = within_K - torch.repeat_interleave(sizes_A.cumsum(0) - sizes_A, sizes_A)
         tokens_KW = found.tokens[(found.sizes.cumsum(0) - found.sizes)[owner_K] + within_K].to(text_RTW.dtype)
-        read_RTW = text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + 0 * found.tokens.sum()
-        return Reading(read_RTW, found)
+        unread = 0 * found.tokens.sum()  # every rank walks the same modules backwards
+        if self.text_alone:
+            return Reading(text_RTW, replace(found, even=found.even + unread))
+        return Reading(text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + unread, found)
 
     def _one_atom(self, device: torch.device) -> dict[str, Tensor]:
         """A structure for a text without one; it stands nowhere."""
