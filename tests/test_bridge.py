@@ -15,6 +15,8 @@ from moiety.bridge.facts import (
     CHOICES,
     FITS,
     NUMBERS,
+    can_be_denied,
+    denied,
     facts_of,
     formula,
     groups_of,
@@ -25,7 +27,20 @@ from moiety.bridge.facts import (
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
-from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Row, Writer, asking, compared, in_full, with_wrong_ones
+from moiety.bridge.rows import (
+    BOTH,
+    CAPTIONS,
+    QUESTIONS,
+    UNPAIRED,
+    WORDS,
+    Row,
+    Writer,
+    asking,
+    compared,
+    in_full,
+    nearly,
+    with_wrong_ones,
+)
 from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
 from moiety.bridge.stages import blinded, composition_only
 from moiety.data.shards import Corpus
@@ -224,12 +239,29 @@ def test_matching_and_contrast_know_a_perfect_space(bridge: tuple[Any, Any], iso
     same = (batch.input_ids[:, None] == batch.input_ids[None]).all(-1).float()
 
     class Perfect:
-        structure_embeds, text_embeds = torch.eye(8), 50 * same
+        structure_embeds, text_embeds = torch.eye(8), 50 * same[:, ~batch.targets["spoiled"]]
 
     for objective in (Contrast("contrast"), Matching("matching")):
         assert objective.loss_sum(Perfect, batch).sum() < 1e-3
         assert objective.scored(batch).sum() > 0
     assert Answering("answering").scored(batch).sum() == 0
+
+
+def test_a_spoiled_caption_is_wrong_in_one_thing(isomers: list[Structure]) -> None:
+    rng = np.random.default_rng(0)
+    molecules = [one for one in isomers if one.domain == "molecule"]
+    for structure in molecules:
+        other = nearly(structure, rng)
+        assert formula(other) != formula(structure)
+        assert np.isin(other.node_type, UNPAIRED).sum() % 2 == 0
+        facts = [fact for fact in facts_of(structure, rng) if can_be_denied(fact)]
+        assert all(denied(fact, rng).answer != fact.answer for fact in facts)
+    rows = Writer(CAPTIONS, stated=0.0)(molecules, rng)
+    assert [row.is_spoiled for row in rows] == [False, True] * len(molecules)
+    for right, spoiled in zip(rows[::2], rows[1::2], strict=True):
+        pieces = [row.answer.replace(". ", "; ").split("; ") for row in (right, spoiled)]
+        assert sum(one != two for one, two in zip(*pieces, strict=True)) == 1
+    assert not any(row.is_spoiled for row in Writer(WORDS)(molecules, rng))
 
 
 def test_numbers_are_learned_of_every_structure_that_has_them(bridge: tuple[Any, Any]) -> None:

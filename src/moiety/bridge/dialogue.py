@@ -31,8 +31,8 @@ class Dialogue(Batch):
 
     `targets` has "answer" [R,L], the next token or UNSCORED; "about" [R], the structure that a row is scored under;
     "right" [R], the row that a wrong one is held against, -1 of right ones; "caption" [R], of rows that are matched,
-    not said; "statement" [R], of captions of one fact alone; "group" [B], the same for partners, -1 where there are
-    none; "numbers" [B,P], in standard units, NaN where none is known.
+    not said; "statement" [R], of captions of one fact alone; "spoiled" [R], of captions that are not true; "group" [B],
+    the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known.
     """
 
     input_ids: Tensor | None = None  # [R, T]
@@ -156,6 +156,7 @@ class Asking:
             "right": torch.tensor([row.right for row in rows]),
             "caption": torch.tensor([row.is_caption for row in rows]),
             "statement": torch.tensor([row.is_statement for row in rows]),
+            "spoiled": torch.tensor([row.is_spoiled for row in rows]),
         }
 
 

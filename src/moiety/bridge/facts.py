@@ -7,7 +7,7 @@ have different answers (data_recipes/isomers.py), so only C proves that a struct
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -117,7 +117,8 @@ def _of_composition(structure: Structure, rng: np.random.Generator) -> Iterator[
 
 
 def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
-    yield Fact("rings", "B", str(rdMolDescriptors.CalcNumRings(graph)), {})
+    rings = graph.GetNumBonds() - graph.GetNumAtoms() + len(Chem.GetMolFrags(graph))  # RDKit's count has more for cages
+    yield Fact("rings", "B", str(rings), {})
     aromatic = any(atom.GetIsAromatic() for atom in graph.GetAtoms())
     yield Fact("aromatic", "B", YES if aromatic else NO, {}, (YES, NO))
     yield Fact("donors", "B", str(rdMolDescriptors.CalcNumHBD(graph)), {})
@@ -166,6 +167,20 @@ def unfit(structure: Structure, rng: np.random.Generator) -> Fact:
     name = names[rng.integers(len(names))]
     groups = list(GROUPS)
     return Fact(name, "X", ABSTAIN, {"group": groups[rng.integers(len(groups))]} if name == "group" else {})
+
+
+def can_be_denied(fact: Fact) -> bool:
+    """Whether there is another answer that is as easily said: a choice, or a count."""
+    return len(fact.choices) > 1 or fact.answer.isdigit()
+
+
+def denied(fact: Fact, rng: np.random.Generator) -> Fact:
+    """The fact with an answer that is not true."""
+    others = [choice for choice in fact.choices if choice != fact.answer]
+    if not others:
+        count = int(fact.answer)
+        others = [str(other) for other in (count - 2, count - 1, count + 1, count + 2) if other >= 0]
+    return replace(fact, answer=others[rng.integers(len(others))])
 
 
 def is_kept_back(fact: Fact, structure: Structure) -> bool:

@@ -99,11 +99,12 @@ class Numbers(Objective):
 class Contrast(OfRows):
     """Cross-entropy between structures and the texts of a micro-batch, both ways (Radford et al., arXiv 2103.00020).
 
-    Texts in the same words are one. Statements of one fact are left out: they are true of many structures.
+    Texts in the same words are one. Statements of one fact are left out: they are true of many structures. A spoiled
+    text belongs to no structure.
     """
 
     def applies(self, batch: Dialogue) -> Tensor:
-        return batch.targets["caption"] & ~batch.targets["statement"]
+        return batch.targets["caption"] & ~batch.targets["statement"] & ~batch.targets["spoiled"]
 
     def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
         assert batch.input_ids is not None
@@ -118,10 +119,10 @@ class Contrast(OfRows):
 
 
 class Matching(OfRows):
-    """Cross-entropy of a structure over its own text and those of its partners, which have the same composition."""
+    """Cross-entropy of a structure over its own text, that spoiled, and those of its partners of one composition."""
 
     def applies(self, batch: Dialogue) -> Tensor:
-        return batch.targets["caption"] & (self._rivals(batch).sum(1) > 1)
+        return batch.targets["caption"] & ~batch.targets["spoiled"] & (self._rivals(batch).sum(1) > 1)
 
     def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
         logits_RR = (output.structure_embeds @ output.text_embeds.T)[batch.targets["about"]]
@@ -129,13 +130,14 @@ class Matching(OfRows):
         return -logits_RR.log_softmax(1).diagonal()
 
     def _rivals(self, batch: Dialogue) -> Tensor:
-        """[R,R] bool: rows about partners, in other words, that say as much; and the row itself."""
+        """[R,R] bool: rows about partners, in other words, that say as much; the spoiled row; and the row itself."""
         assert batch.input_ids is not None
         group_R = batch.targets["group"][batch.targets["about"]]
         partners_RR = (group_R.unsqueeze(0) == group_R.unsqueeze(1)) & (group_R >= 0)
         statement_R, about_R = batch.targets["statement"], batch.targets["about"]
         partners_RR = partners_RR & (statement_R.unsqueeze(0) == statement_R.unsqueeze(1))
-        partners_RR = partners_RR & (about_R.unsqueeze(0) != about_R.unsqueeze(1))
+        other_RR, spoiled_R = about_R.unsqueeze(0) != about_R.unsqueeze(1), batch.targets["spoiled"]
+        partners_RR = partners_RR & other_RR & ~spoiled_R | ~other_RR & spoiled_R
         same_RR = (batch.input_ids.unsqueeze(0) == batch.input_ids.unsqueeze(1)).all(-1)
         return partners_RR & ~same_RR | torch.eye(len(group_R), dtype=torch.bool, device=group_R.device)
 

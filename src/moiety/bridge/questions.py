@@ -65,9 +65,14 @@ def statement(fact: Fact, rng: np.random.Generator) -> str:
     return known[rng.integers(len(known))].format(**fact.about, answer=fact.answer)
 
 
-def caption(facts: Sequence[Fact], rng: np.random.Generator) -> str:
-    """A sentence that says some facts, the first one first."""
-    return capitalised("; ".join(statement(fact, rng) for fact in facts)) + "."
+def phrases(facts: Sequence[Fact], rng: np.random.Generator) -> list[str]:
+    """One for each fact."""
+    return [statement(fact, rng) for fact in facts]
+
+
+def in_a_sentence(said: Sequence[str]) -> str:
+    """Phrases, one after the other."""
+    return capitalised("; ".join(said)) + "."
 
 
 def expanded(frame: str) -> list[str]:

@@ -8,8 +8,19 @@ from itertools import pairwise
 
 import numpy as np
 
-from moiety.bridge.facts import ABSTAIN, WIDER, Fact, facts_of, formula, groups_of, is_kept_back, unfit
-from moiety.bridge.questions import caption, question, worn
+from moiety.bridge.facts import (
+    ABSTAIN,
+    WIDER,
+    Fact,
+    can_be_denied,
+    denied,
+    facts_of,
+    formula,
+    groups_of,
+    is_kept_back,
+    unfit,
+)
+from moiety.bridge.questions import in_a_sentence, phrases, question, statement, worn
 from moiety.data.structure import Structure
 from moiety.models.processing_bridge_moiety import PLACEHOLDER
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
@@ -18,6 +29,8 @@ PROSE = "prose"  # source of what stands for a text without a structure
 NAMED = "named"  # the entry of `Structure.groups` that says of which kind a structure's own text is: a name, or a
 DESCRIBED = "description"
 CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
+USUAL = (6, 7, 8)  # elements that one is taken for
+UNPAIRED = (1, 7, 9, 15, 17, 35, 53)  # with bonds of an odd number: there is an even number of such atoms
 PHRASES = 3  # in which what tells partners apart is said, of each structure
 MOST_SAID, MOST_IN_CAPTIONS = 3, 8  # facts of a description, and of one that is to be found, besides that of class C
 
@@ -36,6 +49,7 @@ class Row:
         fact: what is asked.
         is_caption: stands beside the structure that it is about, unread, to be found by it.
         is_statement: a caption that says nothing but the fact that tells the structure from its partners.
+        is_spoiled: a caption of which one thing is not true of the structure.
     """
 
     about: int
@@ -47,6 +61,7 @@ class Row:
     fact: Fact | None = None
     is_caption: bool = False
     is_statement: bool = False
+    is_spoiled: bool = False
 
 
 class Writer:
@@ -100,7 +115,7 @@ class Writer:
         if not in_captions and not describing:
             rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
         if self.text == WORDS:
-            return [self._in_words(row, structures, rng) for row in rows]
+            return [self._in_words(row, structures, rng) for row in rows if not row.is_spoiled]
         return [self._worn(row, rng) if rng.random() < self.worn else row for row in rows]
 
     def _in_words(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> Row:
@@ -133,7 +148,7 @@ class Writer:
         if kind := structure.groups.get(NAMED):
             return [self._named(place, structure, kind, in_captions, rng)]
         if in_captions:
-            return [Row(place, self.described_as(structure, rng, most=MOST_IN_CAPTIONS), is_caption=True)]
+            return caption_rows(structure, place, self._told_of(structure, rng, most=MOST_IN_CAPTIONS), rng)
         if describing:
             asked = question(Fact("caption", "", "", {}), self.split, rng)
             return [Row(place, self.described_as(structure, rng), asked, (place,))]
@@ -165,10 +180,13 @@ class Writer:
         facts = list(facts_of(structure, rng))
         return [fact for fact in facts if self.split != "train" or not is_kept_back(fact, structure)] or facts[:1]
 
-    def described_as(
+    def described_as(self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None) -> str:
+        """What it is, its formula, the fact of class C where there is one, what is asked, and a few others."""
+        return described(structure, phrases(self._told_of(structure, rng, asked), rng))
+
+    def _told_of(
         self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
-    ) -> str:
-        """What it is, its formula, the fact of class C where there is one, what is asked, and up to `most` others."""
+    ) -> list[Fact]:
         what, *others = (fact for fact in facts_of(structure, rng) if fact.kind != "N")
         geometric = [fact for fact in others if fact.kind == "C"]
         more = [*others, *groups_of(structure)]
@@ -176,19 +194,54 @@ class Writer:
         chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(most + 1)]]
         if asked is not None and asked.kind != "C" and asked.name != what.name:
             chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
-        return _said(structure, [what, *chosen, *geometric], rng)
+        return [what, *chosen, *geometric]
 
 
 def in_full(structure: Structure, rng: np.random.Generator) -> str:
     """All that can be said of a structure."""
     facts = [fact for fact in facts_of(structure, rng) if fact.kind != "N" and fact.name != "group"]
-    return _said(structure, [*facts, *groups_of(structure)], rng)
+    return described(structure, phrases([*facts, *groups_of(structure)], rng))
 
 
-def _said(structure: Structure, facts: Sequence[Fact], rng: np.random.Generator) -> str:
-    """The formula, where there is one, and the facts."""
-    said = caption(facts, rng)
-    return said if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {said}"
+def described(structure: Structure, said: Sequence[str]) -> str:
+    """The formula, where there is one, and phrases."""
+    text = in_a_sentence(said)
+    return text if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {text}"
+
+
+def caption_rows(structure: Structure, place: int, facts: Sequence[Fact], rng: np.random.Generator) -> list[Row]:
+    """The facts in a caption, and in one of which a word, or the formula, is wrong (Yuksekgonul et al., 2210.01936).
+
+    What is told apart from the captions of a micro-batch alone need not be known exactly.
+    """
+    said = phrases(facts, rng)
+    right = Row(place, described(structure, said), is_caption=True)
+    changed = [number for number, fact in enumerate(facts) if can_be_denied(fact)]
+    changed = changed[1:] or changed  # what it is, which comes first, is too easy
+    if structure.node_type.max() < FIRST_RESIDUE and (not changed or rng.random() < 0.5):
+        spoiled = described(nearly(structure, rng), said)
+    else:
+        number = changed[rng.integers(len(changed))]
+        said[number] = statement(denied(facts[number], rng), rng)
+        spoiled = described(structure, said)
+    return [right, replace(right, answer=spoiled, is_spoiled=True)]
+
+
+def nearly(structure: Structure, rng: np.random.Generator) -> Structure:
+    """With a composition that is easily taken for its own: another atom, or two hydrogens more or less."""
+    types = structure.node_type
+    hydrogens = np.flatnonzero(types == 1)
+    if rng.random() < 0.5:
+        types = (
+            np.delete(types, hydrogens[:2]) if len(hydrogens) > 2 and rng.random() < 0.5 else np.append(types, (1, 1))
+        )
+    else:
+        types = types.copy()
+        changed = rng.integers(len(types))
+        types[changed] = rng.choice([other for other in USUAL if other != types[changed]])
+        if np.isin(types, UNPAIRED).sum() % 2 != np.isin(structure.node_type, UNPAIRED).sum() % 2:
+            types = np.append(types, 1)
+    return replace(structure, node_type=types)
 
 
 def asking(fact: Fact, place: int, split: str, rng: np.random.Generator) -> Row:
@@ -203,7 +256,7 @@ def asking(fact: Fact, place: int, split: str, rng: np.random.Generator) -> Row:
 def statement_row(structure: Structure, place: int, rng: np.random.Generator) -> Row:
     """What tells a structure from its partners, said alone."""
     geometric = [fact for fact in facts_of(structure, rng) if fact.kind == "C"]
-    return Row(place, caption(geometric, rng), is_caption=True, is_statement=True)
+    return Row(place, in_a_sentence(phrases(geometric, rng)), is_caption=True, is_statement=True)
 
 
 def unfit_row(structure: Structure, place: int, split: str, rng: np.random.Generator) -> Row:
