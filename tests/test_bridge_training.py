@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from moiety import cli
 from moiety.bridge.export import load_bridge
 from moiety.testing.launched import Forked, largest_difference, train
 
@@ -74,3 +76,18 @@ def test_two_ranks_train_as_one(stages: dict[str, Path], tmp_path: Path, name: s
     alone = train(SCRIPT, stage(name, tmp_path / "one", *settings), tmp_path / "one")
     together = train(SCRIPT, stage(name, tmp_path / zero, *settings, f"ds={zero}"), tmp_path / zero, ranks=2)
     assert largest_difference(together, alone) < 1e-4
+
+
+def test_the_stage_of_the_quickstart_answers(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = ROOT / "finetune/configs/bridge_quickstart.yaml", tmp_path / "bridge"
+    sources = f"data.sources=[{{path: {ISOMERS}, kind: partners}}]"
+    run = Forked(SCRIPT, ["--config", config, "--out", out, sources, f"tower={base}", "steps=2", "log_every=1"], out)
+    assert run.wait() == 0, run.output[-4000:]
+    asked = [str(ROOT / "docs/examples/ethanol_water.xyz"), "Are the two molecules touching or apart?"]
+    choices = ["--choice", "touching", "--choice", "apart"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ask", *asked, *choices, "--model", str(out / "export"), "--json"])
+    assert stop.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["choices"].values()) == pytest.approx(1)
+    assert found["answer"] in ("touching", "apart") and len(found["controls"]) == 3
