@@ -131,7 +131,7 @@ class Writer:
         if len(row.read) > 1:
             return [statement_row(structures[place], place, rng).answer for place in row.read]
         fact = row.fact if row.fact.kind in "ABC" else None
-        return [self.described_as(structures[row.about], rng, fact)]
+        return [self.described_as(structures[row.about], rng, fact, most=1)]
 
     def _worn(self, row: Row, rng: np.random.Generator) -> Row:
         if row.fact is None:
@@ -180,9 +180,11 @@ class Writer:
         facts = list(facts_of(structure, rng))
         return [fact for fact in facts if self.split != "train" or not is_kept_back(fact, structure)] or facts[:1]
 
-    def described_as(self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None) -> str:
-        """What it is, its formula, the fact of class C where there is one, what is asked, and a few others."""
-        return described(structure, phrases(self._told_of(structure, rng, asked), rng))
+    def described_as(
+        self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
+    ) -> str:
+        """What it is, its formula, the fact of class C where there is one, what is asked, and up to `most` others."""
+        return described(structure, phrases(self._told_of(structure, rng, asked, most), rng))
 
     def _told_of(
         self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
