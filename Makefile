@@ -80,7 +80,7 @@ recipes: $(INSTALLED)
 
 # The text bridge and the controls that are trained as it is, one seed: trains, asks and tabulates; hours on two cores.
 bridge: $(INSTALLED)
-	$(call built,isomers qm9 crystals english)
+	$(call built,isomers qm9 crystals ccd texts english)
 	$(BIN)/python benchmarks/bridge.py
 
 # Objectives at equal FLOPs, domains at equal exposure; needs the rates of `make transfer`. Hours.

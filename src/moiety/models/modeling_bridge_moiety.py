@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .asking_moiety import ask
 from .configuration_bridge_moiety import HANDED, MoietyBridgeConfig
 from .modeling_moiety import MoietyModel
-from .resampler_moiety import Bridge, Invariants, Structures, query_counts, unit_sizes
+from .resampler_moiety import Bridge, Invariants, ResamplerBlock, Structures, query_counts, unit_counts
 
 STRUCTURE_INPUTS = (
     "node_type", "positions", "graph_index", "edge_index", "edge_shift", "cell", "pbc", "charge", "spin", "domain",
@@ -84,8 +84,8 @@ class SharedSpace(nn.Module):
     """Structures [S,D] with pseudoscalars [S,O], and texts [R,T,W], as vectors [S,E] and [R,E] of one space.
 
     Those of structures have length 1, those of texts the sharpness of the match (CLIP's temperature: Radford et al.,
-    arXiv 2103.00020). A text is a weighted mean over its tokens, POOLS times: two that differ in one word do not look
-    alike.
+    arXiv 2103.00020). A text is a weighted mean over its tokens, which have read each other once more, POOLS times: two
+    that differ in one word do not look alike.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
@@ -94,8 +94,10 @@ class SharedSpace(nn.Module):
         self.even = nn.Linear(bridge.hidden_size, bridge.embedding_size)
         self.odd = nn.Linear(HANDED * bridge.num_pseudoscalars, bridge.embedding_size, bias=False)
         self.text_norm = nn.RMSNorm(config.text_config.hidden_size)
-        self.weigh = nn.Linear(config.text_config.hidden_size, POOLS)
-        self.text = nn.Linear(POOLS * config.text_config.hidden_size, bridge.embedding_size)
+        self.text_in = nn.Linear(config.text_config.hidden_size, bridge.hidden_size)
+        self.text_block = ResamplerBlock(bridge)
+        self.weigh = nn.Linear(bridge.hidden_size, POOLS)
+        self.text = nn.Linear(POOLS * bridge.hidden_size, bridge.embedding_size)
         self.word = nn.Embedding(config.text_config.vocab_size, bridge.embedding_size)
         self.log_sharpness = nn.Parameter(torch.tensor([math.log(SHARPNESS)]))
 
@@ -103,10 +105,12 @@ class SharedSpace(nn.Module):
         self, structures: Structures, text_RTW: Tensor, ids_RT: Tensor, words_RT: Tensor
     ) -> tuple[Tensor, Tensor]:
         structure_SE = functional.normalize(self.even(structures.even) + self.odd(structures.odd), dim=-1)
-        text_RTW = self.text_norm(text_RTW)
-        share_RTH = self.weigh(text_RTW).masked_fill(~words_RT.unsqueeze(-1), FAR_BELOW).softmax(dim=1)
+        text_RTD = self.text_in(self.text_norm(text_RTW))
+        read_RT = words_RT | ~words_RT.any(1, keepdim=True)  # a row of a structure alone has no word
+        text_RTD = self.text_block(text_RTD, text_RTD, read_RT)
+        share_RTH = self.weigh(text_RTD).masked_fill(~words_RT.unsqueeze(-1), FAR_BELOW).softmax(dim=1)
         bag_RE = (self.word(ids_RT) * words_RT.unsqueeze(-1)).sum(1) / words_RT.sum(1, keepdim=True).sqrt()
-        text_RE = functional.normalize(self.text((share_RTH.mT @ text_RTW).flatten(1)) + bag_RE, dim=-1)
+        text_RE = functional.normalize(self.text((share_RTH.mT @ text_RTD).flatten(1)) + bag_RE, dim=-1)
         return structure_SE, text_RE * self.log_sharpness.clamp(max=math.log(MOST_SHARP)).exp()
 
 
@@ -192,6 +196,9 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear):
             small = module in (self.bridge.out, self.bridge.hand.out)  # tokens as large as those of words
             size = self.config.text_config.initializer_range if small else 1.0
+            size = (
+                0.3 * module.in_features**0.5 if module is self.bridge.whole.composition else size
+            )  # most inputs are 0
             init.normal_(module.weight, std=size / module.in_features**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -222,8 +229,8 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
         """What the bridge makes of node features of the tower."""
-        units_B = unit_sizes(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
-        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_B)
+        units_BV = unit_counts(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
+        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV)
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.

@@ -4,7 +4,7 @@ Every token but the HANDED last ones is the same for a structure and its mirror 
 All of them are the same for a crystal and its supercells, since attention is a weighted mean over nodes.
 """
 # Shapes: B structures, N nodes, n most nodes of a structure, M = (lmax + 1)^2 components, C channels of the tower,
-# D channels of the queries, P pseudoscalars, K query tokens.
+# D channels of the queries, P pseudoscalars, K query tokens, V types of nodes.
 
 from __future__ import annotations
 
@@ -126,23 +126,28 @@ class Hand(nn.Module):
 
 
 class Whole(nn.Module):
-    """What a structure is as a whole, [B,D]: its nodes on average, their sum, and each channel where it is largest.
+    """What a structure is as a whole, [B,D]: its nodes on average, their sum, each channel where it is largest, and how
+    many there are of each type.
 
     Attention is a mean: it counts nothing. Of a crystal the nodes of its smallest unit are added up, so that a
     supercell has the same sum.
     """
 
-    def __init__(self, size: int, config: BridgeConfig):
+    def __init__(self, size: int, vocab_size: int, config: BridgeConfig):
         super().__init__()
+        self.vocab_size = vocab_size
+        self.composition = nn.Linear(2 * vocab_size, config.hidden_size, bias=False)
         self.mean = nn.Linear(size, config.hidden_size)
         self.total = nn.Linear(size + 2, config.hidden_size, bias=False)
         self.most = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, mean_BF: Tensor, nodes_BnD: Tensor, there_Bn: Tensor, units_B: Tensor) -> Tensor:
-        count_B1 = units_B.clamp(max=LARGE).unsqueeze(-1).to(mean_BF) / TYPICAL
+    def forward(self, mean_BF: Tensor, nodes_BnD: Tensor, there_Bn: Tensor, units_BV: Tensor) -> Tensor:
+        units_BV = F.pad(units_BV, (0, self.vocab_size - units_BV.shape[1])).to(mean_BF)
+        composition_BD = self.composition(torch.cat([units_BV.log1p(), units_BV.clamp(max=1)], dim=-1))
+        count_B1 = units_BV.sum(-1, keepdim=True).clamp(max=LARGE) / TYPICAL
         total_BG = torch.cat([mean_BF * count_B1, count_B1, count_B1.log()], dim=-1)
         most_BD = nodes_BnD.masked_fill(~there_Bn.unsqueeze(-1), -torch.inf).amax(1)
-        return self.mean(mean_BF) + self.total(total_BG) + self.most(most_BD)
+        return self.mean(mean_BF) + self.total(total_BG) + self.most(most_BD) + composition_BD
 
 
 @dataclass
@@ -162,7 +167,7 @@ class Bridge(nn.Module):
         super().__init__()
         self.invariants = Invariants(structure, config)
         self.even = nn.Linear(self.invariants.size, config.hidden_size)
-        self.whole = Whole(self.invariants.size, config)
+        self.whole = Whole(self.invariants.size, structure.vocab_size, config)
         self.node_norm = nn.RMSNorm(config.hidden_size)
         if config.kind == "resampler":
             self.queries = nn.Embedding(BUCKETS[-1], config.hidden_size)
@@ -176,12 +181,12 @@ class Bridge(nn.Module):
         self.out = nn.Linear(config.hidden_size, width)
         self.hand = Hand(config, width)
 
-    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_B: Tensor) -> Structures:
-        """`units_B`: nodes of the smallest unit, see `unit_sizes`."""
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_BV: Tensor) -> Structures:
+        """`units_BV`: nodes of the smallest unit, see `unit_counts`."""
         even_NF, odd_NP = self.invariants(features_NMC)
         nodes_BnD, there_Bn = padded(self.node_norm(self.even(even_NF)), graph_index, num_queries_B.shape[0])
         mean_BF = mean_over(even_NF, graph_index, num_queries_B.shape[0])
-        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_B)
+        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_BV)
         odd_BnP, _ = padded(odd_NP, graph_index, num_queries_B.shape[0])
         asked_B = num_queries_B.clamp(min=BUCKETS[0])
         x_BKD = self.norm(self._queried(nodes_BnD, there_Bn, whole_BD, int(asked_B.max())))
@@ -207,8 +212,10 @@ class Bridge(nn.Module):
         return x_BKD
 
 
-def unit_sizes(node_type: Tensor, graph_index: Tensor, pbc: Tensor) -> Tensor:
-    """[B] nodes of packed structures; of a periodic one, of its reduced formula, so that a supercell has as many.
+def unit_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor) -> Tensor:
+    """[B,V] nodes of each type, up to the last that there is, of packed structures.
+
+    Of a periodic one of its reduced formula, so that a supercell has as many.
 
     Args:
         node_type: [N].
@@ -218,7 +225,7 @@ def unit_sizes(node_type: Tensor, graph_index: Tensor, pbc: Tensor) -> Tensor:
     graphs, types = pbc.shape[0], int(node_type.max()) + 1
     counts_BV = torch.bincount(graph_index * types + node_type, minlength=graphs * types).reshape(graphs, types)
     divisor_B = reduce(torch.gcd, counts_BV.unbind(1))
-    return counts_BV.sum(1) // torch.where(pbc.any(-1), divisor_B, 1)
+    return counts_BV // torch.where(pbc.any(-1), divisor_B, 1).unsqueeze(-1)
 
 
 def query_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor, nodes_per_query: int) -> Tensor:
@@ -230,7 +237,7 @@ def query_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor, nodes_per_
         pbc: [B,3].
         nodes_per_query: `BridgeConfig.nodes_per_query`.
     """
-    units = unit_sizes(node_type, graph_index, pbc).tolist()
+    units = unit_counts(node_type, graph_index, pbc).sum(1).tolist()
     return torch.tensor([num_queries(size, nodes_per_query) for size in units], device=pbc.device)
 
 
@@ -254,4 +261,4 @@ def padded(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> tuple[Ten
     ), there
 
 
-__all__ = ["Bridge", "Structures", "mean_over", "query_counts", "unit_sizes"]
+__all__ = ["Bridge", "ResamplerBlock", "Structures", "mean_over", "query_counts", "unit_counts"]
