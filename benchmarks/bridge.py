@@ -1,17 +1,19 @@
 """What the text bridge knows of structures, beside everything that could say as much without reading them.
 
-    make bridge                                             one seed, four arms; hours on two cores
+    make bridge                                             one seed, four arms
     python benchmarks/bridge.py --seeds 0,1,2 --arms all    the table of docs/bridge.md
     python benchmarks/bridge.py --show                      what is there by now; trains nothing
 
-Every arm is trained by the same stages with the same steps (finetune/configs/bridge_*.yaml), a process an arm, as many
-at a time as there are cores. The language model, which is new, is shared. It is small: what is tested is the mechanism.
+Every arm is trained by the same stages with the same steps (finetune/configs/bridge_*.yaml) and then asked, a process
+an arm, as many at a time as there are cores. The language model, which is new, is shared. It is small: what is tested
+is the mechanism.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,16 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         around_marks(PAGE)
+        jobs = [(name, seed) for seed in args.seeds for name in args.arms]
+        if args.examine:
+            for job in jobs:
+                findings(*job, args.out)
+            return 0
         if not args.show:
             train_language(args.out)
-            jobs = [(name, seed) for seed in args.seeds for name in args.arms]
-            side_by_side(lambda job: train_arm(*job, args.out), jobs, "training")
-        found = {}
-        for seed in args.seeds:
-            for name in args.arms:
-                folder = args.out / f"{name}-{seed}"
-                if (folder / STAGES[-1] / "export/config.json").is_file():
-                    found[name, seed] = findings(folder, name, seed)
+            side_by_side(lambda job: train_arm(*job, args.out), jobs, "training and asking")
+        found = {job: examined for job in jobs if (examined := findings(*job, args.out)) is not None}
     except InputError as error:
         print(f"bridge.py: {error}", file=sys.stderr)
         return 2
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true", help="tables of what is there")
+    parser.add_argument("--examine", action="store_true", help="ask what is trained, and draw no table")
     parser.add_argument("--arms", type=arms, default=HEADLINE, help="names with commas between, or all")
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bridge", help="folder of the runs")
@@ -101,11 +103,12 @@ def train_language(out: Path) -> None:
     """Once for all."""
     if not (out / LANGUAGE / "export/config.json").is_file():
         config = ROOT / f"finetune/configs/bridge_{LANGUAGE}.yaml"
-        call(LANGUAGE, "finetune/bridge.py", "--config", str(config), "--out", out / LANGUAGE)
+        words = ["--config", str(config), "--out", out / LANGUAGE]
+        call(LANGUAGE, "finetune/bridge.py", *words, threads=os.cpu_count() or 1)
 
 
 def train_arm(name: str, seed: int, out: Path) -> None:
-    """Stage after stage."""
+    """Stage after stage, and the questions."""
     arm, start = ARMS[name], ["start=''", f"language={out / LANGUAGE / 'export'}"]
     for stage in arm.stages:
         folder = out / f"{name}-{seed}" / stage
@@ -115,6 +118,7 @@ def train_arm(name: str, seed: int, out: Path) -> None:
             words += [f"training.seed={seed}", f"data.seed={seed}"]
             call(folder.name, "finetune/bridge.py", "--config", str(config), *words, "--out", folder)
         start = [f"start={folder / 'export'}"]
+    call(name, "benchmarks/bridge.py", "--examine", "--arms", name, "--seeds", str(seed), "--out", out)
 
 
 CLASSES = {
@@ -131,8 +135,11 @@ OF_BRIDGE = (
 )  # fmt: skip
 
 
-def findings(folder: Path, name: str, seed: int) -> Findings:
-    """What an arm knows, asked once."""
+def findings(name: str, seed: int, out: Path) -> Findings | None:
+    """What an arm knows, asked once; None of one that is not trained."""
+    folder = out / f"{name}-{seed}"
+    if not (folder / STAGES[-1] / "export/config.json").is_file():
+        return None
     sees = next((change.partition("=")[2] for change in ARMS[name].changes if change.startswith("sees=")), "all")
     return examine(folder, sees, name == "bridge", folder.parent / LANGUAGE / "export")
 

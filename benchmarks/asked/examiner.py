@@ -31,7 +31,7 @@ LEARNED = {"isomers": 12000, "qm9": 3000, "crystals": 1000}  # of each train spl
 NUMBERED = 20_000  # structures with numbers, as many as the stages read
 PROBED = {"isomers": 400, "qm9": 200, "crystals": 100}
 POOL = {"isomers": 1100, "qm9": 9000, "crystals": 400}
-MOST = 300  # questions of a fact
+MOST = 150  # questions of a fact
 NINETY = 1.6449
 Shares = dict[str, tuple[float, tuple[float, float], int]]  # class, or class:fact -> share, interval, number
 

@@ -31,6 +31,7 @@ DESCRIBED = "description"
 CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
 USUAL = (6, 7, 8)  # elements that one is taken for
 UNPAIRED = (1, 7, 9, 15, 17, 35, 53)  # with bonds of an odd number: there is an even number of such atoms
+ALONE = 0.5  # share of the told facts that nothing else stands beside: to look one up is learned there first
 PHRASES = 3  # in which what tells partners apart is said, of each structure
 MOST_SAID, MOST_IN_CAPTIONS = 3, 8  # facts of a description, and of one that is to be found, besides that of class C
 
@@ -131,6 +132,8 @@ class Writer:
         if len(row.read) > 1:
             return [statement_row(structures[place], place, rng).answer for place in row.read]
         fact = row.fact if row.fact.kind in "ABC" else None
+        if fact is not None and rng.random() < ALONE:
+            return [in_a_sentence(phrases([fact], rng))]
         return [self.described_as(structures[row.about], rng, fact, most=1)]
 
     def _worn(self, row: Row, rng: np.random.Generator) -> Row:
