@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from moiety.bridge.dialogue import Asking, in_mirror
 from moiety.bridge.evaluate import is_right, set_exam
-from moiety.bridge.facts import formula
 from moiety.bridge.reading import answers, dialogue_of, readings
-from moiety.bridge.retrieval import structure_vectors, text_vectors
+from moiety.bridge.retrieval import composition, fits, formula_in, structure_vectors, text_vectors
 from moiety.bridge.rows import Row, Writer, asking, in_full, unfit_row
 from moiety.bridge.sources import LETTERS, joined
 from moiety.data.structure import Structure
@@ -215,18 +214,25 @@ def answer_log(model: Any, processor: Any, structure: Structure, row: Row, witho
 
 
 def retrieval(model: Any, processor: Any, structures: Sequence[Structure], seed: int = 0) -> dict[str, float]:
-    """Share of captions, and of structures, whose own stands first among all; beside who knows the formula alone."""
+    """Share of captions, and of structures, whose own stands first among all; beside who knows the formula alone.
+
+    By vectors alone, and as `moiety search` does it, which compares only what may have the formula.
+    """
     rng = np.random.default_rng(seed)
     texts = [in_full(structure, rng) for structure in structures]
-    kinds = [structure.domain + formula_of(structure) for structure in structures]
+    kinds = np.array([composition(structure) for structure in structures])
     _, owners, counts = np.unique(kinds, return_inverse=True, return_counts=True)
     alike = counts[owners]
-    of_structures, of_texts = structure_vectors(model, structures), text_vectors(model, processor.tokenizer, texts)
+    vectors = structure_vectors(model, structures), text_vectors(model, processor.tokenizer, texts)
+    said = np.array([formula_in(text) for text in texts])
     found = {"pool": float(len(structures)), "chance": 1 / len(structures)}
-    ranks = {
-        "text to structure": np.concatenate(list(_ranks(of_texts, of_structures))),
-        "structure to text": np.concatenate(list(_ranks(of_structures, of_texts))),
-    }
+    ranks = {}
+    for name, (of_queries, of_entries), (asked, formulas) in (
+        ("text to structure", vectors[::-1], (said, kinds)),
+        ("structure to text", vectors, (kinds, said)),
+    ):
+        ranks[f"{name}, vectors alone,"] = ranked(of_queries, of_entries, None)
+        ranks[f"{name}, searched,"] = ranked(of_queries, of_entries, (asked, formulas))
     for among, chosen in (("", alike > 0), (f", of {CROWD} or more of one formula", alike >= CROWD)):
         found[f"formula only R@1{among}"] = float((1 / alike[chosen]).mean())
         for name, own in ranks.items():
@@ -234,15 +240,14 @@ def retrieval(model: Any, processor: Any, structures: Sequence[Structure], seed:
     return found
 
 
-def formula_of(structure: Structure) -> str:
-    return str(structure.num_nodes) if structure.domain == "protein" else formula(structure)
-
-
-def _ranks(queries: np.ndarray, entries: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(queries), 500):
-        product = queries[start : start + 500] @ entries.T
-        own = product[np.arange(len(product)), start + np.arange(len(product))]
-        yield (product > own[:, None]).sum(axis=1)
+def ranked(queries: np.ndarray, entries: np.ndarray, formulas: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """How many entries match a query better than its own; with formulas of both, only of those that may have it."""
+    ranks = np.zeros(len(queries), dtype=int)
+    for place, query in enumerate(queries):
+        product = entries @ query
+        better = product > product[place]
+        ranks[place] = (better if formulas is None else better & fits(formulas[0][place], formulas[1])).sum()
+    return ranks
 
 
 @torch.no_grad()

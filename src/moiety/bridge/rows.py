@@ -76,7 +76,7 @@ class Writer:
         geometric: float = 0.8,
         numeric: float = 0.4,
         worn: float = 0.3,
-        unfitting: float = 0.04,
+        unfitting: float = 0.08,
         described: float = 0.1,
         captioned: float = 0.3,
         stated: float = 0.7,

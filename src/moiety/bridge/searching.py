@@ -11,6 +11,8 @@ from moiety.bridge.retrieval import (
     Condition,
     Found,
     Index,
+    composition,
+    formula_in,
     index_structures,
     index_texts,
     structure_vectors,
@@ -29,7 +31,7 @@ def search(query: str, where_in: Path, model_dir: Path, where: str = "", most: i
     """What matches a query best: words, or the first structure of a file.
 
     Args:
-        query: words, or the path of a structure file.
+        query: words, or the path of a structure file; a formula among the words is a condition.
         where_in: a corpus of structures or of texts, or a .txt with a text a line. A corpus is indexed at the first
             search with a model, and the index stays in its folder.
         model_dir: the bridge.
@@ -44,10 +46,9 @@ def search(query: str, where_in: Path, model_dir: Path, where: str = "", most: i
     model.eval()
     index = opened_index(where_in, model_dir, model, processor)
     if Path(query).suffix and Path(query).is_file():
-        vector = structure_vectors(model, [first_structure(Path(query))])[0]
-    else:
-        vector = text_vectors(model, processor.tokenizer, [query])[0]
-    return index.search(vector, most, conditions)
+        structure = first_structure(Path(query))
+        return index.search(structure_vectors(model, [structure])[0], most, conditions, composition(structure))
+    return index.search(text_vectors(model, processor.tokenizer, [query])[0], most, conditions, formula_in(query))
 
 
 def opened_index(where_in: Path, model_dir: Path, model: Any, processor: Any) -> Index:
