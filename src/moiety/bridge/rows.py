@@ -78,7 +78,7 @@ class Writer:
         worn: float = 0.3,
         unfitting: float = 0.08,
         described: float = 0.1,
-        captioned: float = 0.3,
+        captioned: float = 0.15,
         stated: float = 0.7,
         told: float = 0.9,
         comparing: float = 0.3,
