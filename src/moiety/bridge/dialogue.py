@@ -29,7 +29,8 @@ See = Callable[[Structure], Structure]
 class Dialogue(Batch):
     """A batch with rows of text, padded on the left.
 
-    `targets` has "answer" [R,L], the next token or UNSCORED; "about" [R], the structure that a row is scored under;
+    `targets` has "answer" [R,L], the next token or UNSCORED; "turns" [R], how many answers it has; "about" [R], the
+    structure that a row is scored under;
     "right" [R], the row that a wrong one is held against, -1 of right ones; "caption" [R], of rows that are matched,
     not said; "statement" [R], of captions of one fact alone; "spoiled" [R], of captions that are not true; "group" [B],
     the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known.
@@ -93,22 +94,8 @@ class Asking:
         batch = self.shown(structures)
         queries = query_counts(batch.node_type, batch.graph_index, batch.pbc, self._processor.nodes_per_query)
         order = [place for row in rows for place in row.read]
-        texts = [self._texts(row) for row in rows]
-        prompts = with_placeholders([prompt for prompt, _ in texts], queries[order].tolist())
-        tokenizer = self._processor.tokenizer
-        settings = {"add_special_tokens": False}
-        asked = tokenizer(prompts, **settings)["input_ids"]
-        said = tokenizer([answer for _, answer in texts], **settings)["input_ids"]
-        longest = max(len(a) + len(b) for a, b in zip(asked, said, strict=True))
-        kept = max(min(len(b) + 1, longest) for b in said)
-        ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
-        there = torch.zeros(len(rows), longest, dtype=torch.long)
-        answer = torch.full((len(rows), kept), UNSCORED)
-        for number, (question, reply) in enumerate(zip(asked, said, strict=True)):
-            own = torch.tensor(question + reply)
-            ids[number, longest - len(own) :], there[number, longest - len(own) :] = own, 1
-            scored = reply if question else reply[1:]
-            answer[number, kept - 1 - len(scored) : kept - 1] = torch.tensor(scored)
+        ids, there, answer = self._tokens([self._pieces(row) for row in rows], queries[order].tolist())
+        longest, kept = ids.shape[1], answer.shape[1]
         seen = set(order)
         numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
         group = torch.tensor([numbers[name] if name else -1 for name in groups] or [-1] * len(structures))
@@ -126,18 +113,48 @@ class Asking:
             logits_to_keep=torch.arange(longest - kept, longest),
         )
 
-    def _texts(self, row: Row) -> tuple[str, str]:
-        """What is given and what is learned of a row, in the words of the chat template."""
+    def _pieces(self, row: Row) -> list[str]:
+        """What is given and what is learned of a row, by turns, in the words of the chat template."""
         tokenizer = self._processor.tokenizer
         if not row.question:
-            return "", f"{tokenizer.bos_token}{row.answer}{tokenizer.eos_token}"
-        asked = " ".join([PLACEHOLDER] * len(row.read) + [row.question])
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": row.answer}]
-        given = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(chat, tokenize=False)
-        if not whole.startswith(given):
-            raise ValueError("the chat template writes a question otherwise once it is answered")
-        return given, whole[len(given) :]
+            return ["", f"{tokenizer.bos_token}{row.answer}{tokenizer.eos_token}"]
+        chat, pieces, said = [], [], ""
+        for number, turn in enumerate((*row.earlier, row)):
+            asked = " ".join([PLACEHOLDER] * len(row.read) + [turn.question]) if number == 0 else turn.question
+            chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": turn.answer}]
+            given = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(chat, tokenize=False)
+            if not (given.startswith(said) and whole.startswith(given)):
+                raise ValueError("the chat template writes a question otherwise once it is answered")
+            pieces += [given[len(said) :], whole[len(given) :]]
+            said = whole
+        return pieces
+
+    def _tokens(self, rows: Sequence[list[str]], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """[R,T] tokens and mask, padded on the left, and [R,L] what is learned after the last L of them.
+
+        Args:
+            rows: pieces, of which every second one is learned.
+            sizes: tokens of the structures, in the order of their placeholders.
+        """
+        tokenizer = self._processor.tokenizer
+        first = with_placeholders([pieces[0] for pieces in rows], sizes)
+        pieces = [piece for start, own in zip(first, rows, strict=True) for piece in (start, *own[1:])]
+        tokens = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
+        found = []
+        for own in rows:
+            parts = [(token, bool(n % 2)) for n in range(len(own)) for token in next(tokens)]
+            following = [token if learned else UNSCORED for token, learned in parts[1:]] + [UNSCORED]
+            found.append((torch.tensor([token for token, _ in parts]), torch.tensor(following)))
+        longest = max(len(own) for own, _ in found)
+        kept = max(len(own) - int((following != UNSCORED).int().argmax()) for own, following in found)
+        ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
+        there = torch.zeros(len(rows), longest, dtype=torch.long)
+        answer = torch.full((len(rows), longest), UNSCORED)
+        for number, (own, following) in enumerate(found):
+            ids[number, longest - len(own) :], there[number, longest - len(own) :] = own, 1
+            answer[number, longest - len(own) :] = following
+        return ids, there, answer[:, longest - kept :]
 
     def _known(self, structures: Sequence[Structure]) -> Tensor:
         """[B,P] numbers that may be learned, in standard units."""
@@ -152,6 +169,7 @@ class Asking:
     def _targets(self, rows: Sequence[Row], answer: Tensor) -> dict[str, Tensor]:
         return {
             "answer": answer,
+            "turns": torch.tensor([1 + len(row.earlier) for row in rows]),
             "about": torch.tensor([row.about for row in rows]),
             "right": torch.tensor([row.right for row in rows]),
             "caption": torch.tensor([row.is_caption for row in rows]),
@@ -162,8 +180,12 @@ class Asking:
 
 def in_a_string(row: Row, structures: Sequence[Structure]) -> Row:
     """The row with what text says of its structures in their place."""
-    strings = [string_of(structures[place]) for place in row.read]
-    return replace(row, question=f"{'; '.join(strings)}: {row.question}", read=()) if strings else row
+    if not row.read:
+        return row
+    first, *others = (*row.earlier, row)
+    strings = "; ".join(string_of(structures[place]) for place in row.read)
+    first = replace(first, question=f"{strings}: {first.question}", read=())
+    return replace(others[-1], read=(), earlier=(first, *others[:-1])) if others else first
 
 
 def string_of(structure: Structure) -> str:

@@ -53,10 +53,11 @@ def question(fact: Fact, split: str, rng: np.random.Generator) -> str:
 
 
 def worn(text: str, kept: Sequence[str], rng: np.random.Generator) -> str:
-    """A question that some words have fallen out of, none of them from `kept`: no single word is to be relied on."""
+    """A question that some words, not all, have fallen out of, none of them from `kept`: no word is to be relied on."""
     words = text.split()
     stays = rng.random(len(words)) >= FALLEN
-    return " ".join(word for word, there in zip(words, stays, strict=True) if there or word.strip("?.,:()") in kept)
+    left = [word for word, there in zip(words, stays, strict=True) if there or word.strip("?.,:()") in kept]
+    return " ".join(left) or text
 
 
 def statement(fact: Fact, rng: np.random.Generator) -> str:

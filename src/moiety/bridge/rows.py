@@ -51,6 +51,7 @@ class Row:
         is_caption: stands beside the structure that it is about, unread, to be found by it.
         is_statement: a caption that says nothing but the fact that tells the structure from its partners.
         is_spoiled: a caption of which one thing is not true of the structure.
+        earlier: rows about the same structure that were asked and answered before, in the same conversation.
     """
 
     about: int
@@ -63,6 +64,7 @@ class Row:
     is_caption: bool = False
     is_statement: bool = False
     is_spoiled: bool = False
+    earlier: tuple[Row, ...] = ()
 
 
 class Writer:
@@ -72,7 +74,7 @@ class Writer:
         self,
         text: str,
         split: str = "train",
-        asked: int = 2,
+        asked: int = 4,
         geometric: float = 0.8,
         numeric: float = 0.4,
         worn: float = 0.3,
@@ -117,7 +119,7 @@ class Writer:
             rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
         if self.text == WORDS:
             return [self._in_words(row, structures, rng) for row in rows if not row.is_spoiled]
-        return [self._worn(row, rng) if rng.random() < self.worn else row for row in rows]
+        return conversations([self._worn(row, rng) if rng.random() < self.worn else row for row in rows])
 
     def _in_words(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> Row:
         """The row as plain text; before what is asked a description that says it may stand in the structure's place."""
@@ -200,6 +202,21 @@ class Writer:
         if asked is not None and asked.kind != "C" and asked.name != what.name:
             chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
         return [what, *chosen, *geometric]
+
+
+def conversations(rows: Sequence[Row]) -> list[Row]:
+    """Questions about one structure, one after the other: many short rows would be padding for the most part.
+
+    What tells partners apart is asked alone: a partner may stand in the structure's place.
+    """
+    found: list[Row] = []
+    for row in rows:
+        before = found[-1] if found else None
+        if before and before.read == row.read and all(one.fact and one.fact.kind in "ABN" for one in (before, row)):
+            found[-1] = replace(row, earlier=(*before.earlier, replace(before, earlier=())))
+        else:
+            found.append(row)
+    return found
 
 
 def in_full(structure: Structure, rng: np.random.Generator) -> str:
