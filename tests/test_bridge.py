@@ -134,6 +134,7 @@ def test_words_fall_out_of_a_worn_question_but_none_that_it_is_about() -> None:
     found = [worn(whole, ["nitrogen"], rng) for _ in range(50)]
     assert all("nitrogen" in one for one in found) and len(set(found)) > 20
     assert 0.75 < np.mean([len(one.split()) for one in found]) / len(whole.split()) < 0.95
+    assert all(worn("Gap?", [], rng) == "Gap?" for _ in range(50))  # else no structure stood before it
 
 
 def test_frames_expand_to_all_their_sentences() -> None:
@@ -245,6 +246,33 @@ def test_matching_and_contrast_know_a_perfect_space(bridge: tuple[Any, Any], iso
         assert objective.loss_sum(Perfect, batch).sum() < 1e-3
         assert objective.scored(batch).sum() > 0
     assert Answering("answering").scored(batch).sum() == 0
+
+
+def test_questions_about_one_structure_stand_in_one_conversation(
+    bridge: tuple[Any, Any], isomers: list[Structure]
+) -> None:
+    molecules = [one for one in isomers if one.domain == "molecule"][:4]
+    rows = Writer(QUESTIONS, worn=0.0, unfitting=0.0, described=0.0, comparing=0.0)(molecules, np.random.default_rng(0))
+    assert any(row.earlier for row in rows)
+    for row in rows:
+        turns = (*row.earlier, row)
+        assert len({one.read for one in turns}) == 1 and not any(one.earlier for one in row.earlier)
+        assert len(turns) == 1 or all(one.fact and one.fact.kind in "ABN" for one in turns)
+    tokenizer = bridge[1].tokenizer
+    for string in (False, True):
+        batch = asker(bridge, string=string).dialogue(molecules, rows)
+        assert batch.targets["turns"].tolist() == [1 + len(row.earlier) for row in rows]
+        for row, ids, learned in zip(rows, batch.input_ids, batch.targets["answer"], strict=True):
+            said = tokenizer.decode(learned[learned >= 0]).split(tokenizer.eos_token)
+            assert [one.strip() for one in said if one.strip()] == [one.answer for one in (*row.earlier, row)]
+            text = tokenizer.decode(ids)
+            assert all(one.question in text for one in (*row.earlier, row))
+            assert (string_of(molecules[row.about]) in text) == string
+            assert (batch.structure_order.shape[0] == 0) == string
+    kept = batch.logits_to_keep
+    following = batch.input_ids[:, (kept + 1).clamp(max=batch.input_ids.shape[1] - 1)]
+    learned = batch.targets["answer"]
+    assert torch.equal(following[learned >= 0], learned[learned >= 0])
 
 
 def test_a_spoiled_caption_is_wrong_in_one_thing(isomers: list[Structure]) -> None:

@@ -58,7 +58,7 @@ def test_every_stage_trains_what_it_says(stages: dict[str, Path]) -> None:
     answering = ("bridge.", "space.", "number_head.")
     parts: dict[str, Any] = {
         "align": ("tower.", *answering),
-        "generate": answering,
+        "generate": (*answering, "language_model."),
         "instruct": (*answering, "language_model."),
         "calibrate": "calibration.",
     }
