@@ -11,7 +11,6 @@ import numpy as np
 
 from moiety.data.leak import crystals, molecules, proteins
 from moiety.data.leak.fingerprint import composition, fingerprint, within
-from moiety.data.prototypes import prototype
 from moiety.data.structure import Structure
 
 TOLERANCE = 0.05  # Å, root mean square deviation of a near duplicate
@@ -221,6 +220,8 @@ def _same_sequence(train: Sequence[Structure], test: Sequence[Structure], found:
 
 
 def _prototypes(structures: Sequence[Structure]) -> list[str]:
+    from moiety.data.prototypes import prototype  # pymatgen reads all known prototypes with it, for seconds
+
     periodic = [s for s in structures if s.periodic and s.domain == "crystal"]
     return [structure.groups.get("prototype") or prototype(structure) for structure in periodic]
 
