@@ -78,7 +78,7 @@ recipes: $(INSTALLED)
 	$(call built,qm9 forces freesolv polarizabilities surfaces interactions s22 flows)
 	$(BIN)/python benchmarks/recipes.py
 
-# The text bridge and the controls that are trained as it is, one seed: trains, asks and tabulates; hours on two cores.
+# The text bridge and the controls that are trained as it is, one seed: trains, asks and tabulates.
 bridge: $(INSTALLED)
 	$(call built,isomers qm9 crystals ccd texts english)
 	$(BIN)/python benchmarks/bridge.py

@@ -62,6 +62,7 @@ def test_predicted_numbers_are_conditions(model: Path, qm9: Path) -> None:
     middle = float(np.median(gaps))
     found = search("a molecule", qm9, model, where=f"gap > {middle}", most=1000)
     assert len(found) == sum(gap > middle for gap in gaps)
+    assert search("a molecule", qm9, model, where=f"gap > {max(gaps)}") == []
     with pytest.raises(InputError, match="no property"):
         search("a molecule", qm9, model, where="mass > 3")
     with pytest.raises(InputError, match="write, for example"):

@@ -69,7 +69,9 @@ class Index:
     def search(self, query: Array, most: int, where: Sequence[Condition] = (), formula: str = "") -> list[Found]:
         """The best matches of a vector [E], of those that meet the conditions and have the formula, if any has it."""
         met, alike = self._meets(where), fits(formula, self.formulas)
-        allowed = np.flatnonzero(met & alike if (met & alike).any() else met)
+        allowed = np.flatnonzero(met & alike if alike.any() else met)
+        if not len(allowed):  # faiss refuses to look for none
+            return []
         chosen = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))  # type: ignore[call-arg]
         scores, places = self._index.search(  # type: ignore[call-arg]
             query[None].astype(np.float32), min(most, len(allowed)), params=chosen

@@ -189,7 +189,7 @@ class Writer:
         self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
     ) -> str:
         """What it is, its formula, the fact of class C where there is one, what is asked, and up to `most` others."""
-        return described(structure, phrases(self._told_of(structure, rng, asked, most), rng))
+        return after_formula(structure, phrases(self._told_of(structure, rng, asked, most), rng))
 
     def _told_of(
         self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
@@ -222,10 +222,10 @@ def conversations(rows: Sequence[Row]) -> list[Row]:
 def in_full(structure: Structure, rng: np.random.Generator) -> str:
     """All that can be said of a structure."""
     facts = [fact for fact in facts_of(structure, rng) if fact.kind != "N" and fact.name != "group"]
-    return described(structure, phrases([*facts, *groups_of(structure)], rng))
+    return after_formula(structure, phrases([*facts, *groups_of(structure)], rng))
 
 
-def described(structure: Structure, said: Sequence[str]) -> str:
+def after_formula(structure: Structure, said: Sequence[str]) -> str:
     """The formula, where there is one, and phrases."""
     text = in_a_sentence(said)
     return text if structure.node_type.max() >= FIRST_RESIDUE else f"{formula(structure)}. {text}"
@@ -237,15 +237,15 @@ def caption_rows(structure: Structure, place: int, facts: Sequence[Fact], rng: n
     What is told apart from the captions of a micro-batch alone need not be known exactly.
     """
     said = phrases(facts, rng)
-    right = Row(place, described(structure, said), is_caption=True)
+    right = Row(place, after_formula(structure, said), is_caption=True)
     changed = [number for number, fact in enumerate(facts) if can_be_denied(fact)]
     changed = changed[1:] or changed  # what it is, which comes first, is too easy
     if structure.node_type.max() < FIRST_RESIDUE and (not changed or rng.random() < 0.5):
-        spoiled = described(nearly(structure, rng), said)
+        spoiled = after_formula(nearly(structure, rng), said)
     else:
         number = changed[rng.integers(len(changed))]
         said[number] = statement(denied(facts[number], rng), rng)
-        spoiled = described(structure, said)
+        spoiled = after_formula(structure, said)
     return [right, replace(right, answer=spoiled, is_spoiled=True)]
 
 

@@ -196,9 +196,8 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear):
             small = module in (self.bridge.out, self.bridge.hand.out)  # tokens as large as those of words
             size = self.config.text_config.initializer_range if small else 1.0
-            size = (
-                0.3 * module.in_features**0.5 if module is self.bridge.whole.composition else size
-            )  # most inputs are 0
+            if module is self.bridge.whole.composition:  # most of its inputs are 0
+                size = 0.3 * module.in_features**0.5
             init.normal_(module.weight, std=size / module.in_features**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
