@@ -16,7 +16,7 @@ from moiety.bridge.rows import Row, with_wrong_ones
 from moiety.data.leak.proteins import sequence
 from moiety.data.structure import Structure
 from moiety.models.processing_bridge_moiety import PLACEHOLDER, MoietyBridgeProcessor, with_placeholders
-from moiety.models.resampler_moiety import query_counts
+from moiety.models.resampler_moiety import query_counts, token_counts, unit_counts
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
 from moiety.tokens.batch import Batch, collate
 
@@ -92,9 +92,11 @@ class Asking:
         if self._string:
             rows = [in_a_string(row, structures) for row in rows]
         batch = self.shown(structures)
-        queries = query_counts(batch.node_type, batch.graph_index, batch.pbc, self._processor.nodes_per_query)
+        nodes = batch.node_type, batch.graph_index, batch.pbc
+        queries = query_counts(*nodes, self._processor.nodes_per_query)
+        sizes = token_counts(queries, unit_counts(*nodes))
         order = [place for row in rows for place in row.read]
-        ids, there, answer = self._tokens([self._pieces(row) for row in rows], queries[order].tolist())
+        ids, there, answer = self._tokens([self._pieces(row) for row in rows], sizes[order].tolist())
         longest, kept = ids.shape[1], answer.shape[1]
         seen = set(order)
         numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}

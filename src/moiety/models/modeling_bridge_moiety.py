@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .asking_moiety import ask
 from .configuration_bridge_moiety import HANDED, MoietyBridgeConfig
 from .modeling_moiety import MoietyModel
-from .resampler_moiety import Bridge, Invariants, ResamplerBlock, Structures, query_counts, unit_counts
+from .resampler_moiety import Bridge, Invariants, Structures, query_counts, token_counts, unit_counts
 
 STRUCTURE_INPUTS = (
     "node_type", "positions", "graph_index", "edge_index", "edge_shift", "cell", "pbc", "charge", "spin", "domain",
@@ -84,8 +84,8 @@ class SharedSpace(nn.Module):
     """Structures [S,D] with pseudoscalars [S,O], and texts [R,T,W], as vectors [S,E] and [R,E] of one space.
 
     Those of structures have length 1, those of texts the sharpness of the match (CLIP's temperature: Radford et al.,
-    arXiv 2103.00020). A text is a weighted mean over its tokens, which have read each other once more, POOLS times: two
-    that differ in one word do not look alike.
+    arXiv 2103.00020). A text is a weighted mean over its tokens, POOLS times: two that differ in one word do not look
+    alike.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
@@ -95,7 +95,6 @@ class SharedSpace(nn.Module):
         self.odd = nn.Linear(HANDED * bridge.num_pseudoscalars, bridge.embedding_size, bias=False)
         self.text_norm = nn.RMSNorm(config.text_config.hidden_size)
         self.text_in = nn.Linear(config.text_config.hidden_size, bridge.hidden_size)
-        self.text_block = ResamplerBlock(bridge)
         self.weigh = nn.Linear(bridge.hidden_size, POOLS)
         self.text = nn.Linear(POOLS * bridge.hidden_size, bridge.embedding_size)
         self.word = nn.Embedding(config.text_config.vocab_size, bridge.embedding_size)
@@ -106,8 +105,6 @@ class SharedSpace(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         structure_SE = functional.normalize(self.even(structures.even) + self.odd(structures.odd), dim=-1)
         text_RTD = self.text_in(self.text_norm(text_RTW))
-        read_RT = words_RT | ~words_RT.any(1, keepdim=True)  # a row of a structure alone has no word
-        text_RTD = self.text_block(text_RTD, text_RTD, read_RT)
         share_RTH = self.weigh(text_RTD).masked_fill(~words_RT.unsqueeze(-1), FAR_BELOW).softmax(dim=1)
         bag_RE = (self.word(ids_RT) * words_RT.unsqueeze(-1)).sum(1) / words_RT.sum(1, keepdim=True).sqrt()
         text_RE = functional.normalize(self.text((share_RTH.mT @ text_RTD).flatten(1)) + bag_RE, dim=-1)
@@ -194,21 +191,24 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            small = module in (self.bridge.out, self.bridge.hand.out)  # tokens as large as those of words
-            size = self.config.text_config.initializer_range if small else 1.0
-            if module is self.bridge.whole.composition:  # most of its inputs are 0
-                size = 0.3 * module.in_features**0.5
+            size = self.config.text_config.initializer_range if module in self._speaking() else 1.0
             init.normal_(module.weight, std=size / module.in_features**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
+            size = self.config.text_config.initializer_range if module in self._speaking() else 1.0
+            init.normal_(module.weight, std=size)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, Calibration | Invariants):
             module.reset()
         elif isinstance(module, SharedSpace):
             init.constant_(module.log_sharpness, math.log(SHARPNESS))
+
+    def _speaking(self) -> tuple[nn.Module, ...]:
+        """What writes tokens, which are to be as large as those of words."""
+        formula = self.bridge.formula
+        return self.bridge.out, self.bridge.hand.out, formula.kind, formula.count, formula.nodes
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -228,8 +228,9 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
         """What the bridge makes of node features of the tower."""
-        units_BV = unit_counts(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
-        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV)
+        node_type, graph_index, pbc = (structures[name] for name in ("node_type", "graph_index", "pbc"))
+        units_BV = unit_counts(node_type, graph_index, pbc)
+        return self.bridge(features_NMC, graph_index, node_type, num_queries, units_BV)
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.
@@ -278,14 +279,10 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _structures_alone(self, structures: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rows of placeholders, padded on the left, and where they stand; adds the number of queries."""
+        nodes = tuple(structures[name] for name in ("node_type", "graph_index", "pbc"))
         if "num_queries" not in structures:
-            structures["num_queries"] = query_counts(
-                structures["node_type"],
-                structures["graph_index"],
-                structures["pbc"],
-                self.config.bridge_config.nodes_per_query,
-            )
-        sizes_R = structures["num_queries"] + HANDED
+            structures["num_queries"] = query_counts(*nodes, self.config.bridge_config.nodes_per_query)
+        sizes_R = token_counts(structures["num_queries"], unit_counts(*nodes))
         longest = int(sizes_R.max())
         there_RT = torch.arange(longest, device=sizes_R.device) >= longest - sizes_R.unsqueeze(1)
         pad = self.config.text_config.pad_token_id or 0

@@ -7,9 +7,8 @@ from typing import Any
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_bridge_moiety import HANDED
 from .feature_extraction_moiety import MoietyFeatureExtractor
-from .resampler_moiety import query_counts
+from .resampler_moiety import query_counts, token_counts, unit_counts
 
 PLACEHOLDER = "<structure>"
 TEMPLATE_SETTINGS = ("add_generation_prompt", "continue_final_message", "chat_template", "documents", "tools")
@@ -55,10 +54,9 @@ class MoietyBridgeProcessor(ProcessorMixin):
             raise ValueError(f"the text has {asked} {PLACEHOLDER} for {len(objects)} structures; write one for each")
         inputs = self.feature_extractor(list(objects), residues=residues) if objects else {}
         if objects:
-            inputs["num_queries"] = query_counts(
-                inputs["node_type"], inputs["graph_index"], inputs["pbc"], self.nodes_per_query
-            )
-            prompts = with_placeholders(prompts, inputs["num_queries"].tolist())
+            nodes = inputs["node_type"], inputs["graph_index"], inputs["pbc"]
+            inputs["num_queries"] = query_counts(*nodes, self.nodes_per_query)
+            prompts = with_placeholders(prompts, token_counts(inputs["num_queries"], unit_counts(*nodes)).tolist())
         kwargs = {"return_tensors": "pt", "padding": True, "padding_side": "left"} | kwargs
         return BatchFeature({**self.tokenizer(prompts, **kwargs), **inputs})
 
@@ -83,13 +81,13 @@ class MoietyBridgeProcessor(ProcessorMixin):
         return [*super().model_input_names, "num_queries"]
 
 
-def with_placeholders(prompts: list[str], queries: list[int]) -> list[str]:
+def with_placeholders(prompts: list[str], tokens: list[int]) -> list[str]:
     """Texts in which every PLACEHOLDER stands as often as the next structure has tokens."""
-    sizes = iter(queries)
+    sizes = iter(tokens)
     filled = []
     for prompt in prompts:
         first, *rest = prompt.split(PLACEHOLDER)
-        filled.append(first + "".join(PLACEHOLDER * (next(sizes) + HANDED) + part for part in rest))
+        filled.append(first + "".join(PLACEHOLDER * next(sizes) + part for part in rest))
     return filled
 
 
