@@ -162,7 +162,8 @@ def test_chats_hold_structures_in_blocks(bridge: tuple[Any, Any]) -> None:
     inputs = processor.apply_chat_template(CHAT, return_dict=True, return_tensors="pt", **settings)
     whole = processor.apply_chat_template(CHAT, add_generation_prompt=True)
     assert whole == f"<s>{PLACEHOLDER} What is it?\n"
-    assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)).sum() == 8 + 3 + 2  # queries, elements, the hand
+    placeholder = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    assert (inputs["input_ids"] == placeholder).sum() == 8 + 3 + 2  # queries, elements, the hand
     two = processor.apply_chat_template([CHAT, CHAT], return_dict=True, return_tensors="pt", **settings)
     assert torch.equal(two["input_ids"][1], inputs["input_ids"][0]) and len(two["num_queries"]) == 2
 
