@@ -72,13 +72,14 @@ Offer = tuple[str, Callable[[], Partners]]  # a split, and what makes partners f
 
 
 def parts(archives: Mapping[str, Archive], options: Mapping[str, int]) -> list[str]:
-    """One a fact."""
-    return list(FACTS)
+    """One a fact; `fold`, which needs the clusters of all proteins, may be left out."""
+    return [fact for fact in FACTS if options.get(fact, 1)]
 
 
 def structures(archives: Mapping[str, Archive], options: Mapping[str, int], part: str) -> Iterator[Structure]:
     """Yields partners one after the other, `options[split]` structures of all facts together, or a few less."""
-    share = even_share(options, FACTS.index(part), len(FACTS))
+    facts = parts(archives, options)
+    share = even_share(options, facts.index(part), len(facts))
     left = {split: share.get(split, 0) if share else 10**9 for split in SPLITS}
     for split, make in MAKERS[part](archives):
         if left[split] >= 2 and (partners := make()) and len(partners) <= left[split]:

@@ -163,7 +163,7 @@ def test_chats_hold_structures_in_blocks(bridge: tuple[Any, Any]) -> None:
     whole = processor.apply_chat_template(CHAT, add_generation_prompt=True)
     assert whole == f"<s>{PLACEHOLDER} What is it?\n"
     placeholder = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
-    assert (inputs["input_ids"] == placeholder).sum() == 8 + 3 + 2  # queries, elements, the hand
+    assert (inputs["input_ids"] == placeholder).sum() == 8 + 2  # queries, and the hand
     two = processor.apply_chat_template([CHAT, CHAT], return_dict=True, return_tensors="pt", **settings)
     assert torch.equal(two["input_ids"][1], inputs["input_ids"][0]) and len(two["num_queries"]) == 2
 

@@ -210,9 +210,6 @@ def answer_log(model: Any, processor: Any, structure: Structure, row: Row, witho
     left = {name: words.structures[name][kept] for name in ("node_type", "graph_index")}
     left["pbc"] = words.structures["pbc"]
     words.found = model.bridged(words.features[kept], words.structures["num_queries"], left)
-    places = (words.prompt_1T[0] == model.config.structure_token_id).nonzero().flatten()
-    gone = places[int(words.found.sizes.sum()) :]  # of types that are left out as a whole
-    words.prompt_1T = words.prompt_1T[:, np.setdiff1d(np.arange(words.prompt_1T.shape[1]), gone)]
     return float(words.log_probability(words.tokens(row.answer)))
 
 

@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moiety.bridge.facts import formula, is_kept_back, numbers_of
+from moiety.bridge.facts import counted, is_kept_back, numbers_of
 from moiety.bridge.rows import Row, with_wrong_ones
 from moiety.data.leak.proteins import sequence
 from moiety.data.structure import Structure
-from moiety.models.processing_bridge_moiety import PLACEHOLDER, MoietyBridgeProcessor, with_placeholders
-from moiety.models.resampler_moiety import query_counts, token_counts, unit_counts
+from moiety.models.processing_bridge_moiety import (
+    PLACEHOLDER,
+    MoietyBridgeProcessor,
+    compositions,
+    with_placeholders,
+)
+from moiety.models.resampler_moiety import query_counts, unit_counts
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
 from moiety.tokens.batch import Batch, collate
 
@@ -94,9 +99,11 @@ class Asking:
         batch = self.shown(structures)
         nodes = batch.node_type, batch.graph_index, batch.pbc
         queries = query_counts(*nodes, self._processor.nodes_per_query)
-        sizes = token_counts(queries, unit_counts(*nodes))
+        told = compositions(unit_counts(*nodes))
         order = [place for row in rows for place in row.read]
-        ids, there, answer = self._tokens([self._pieces(row) for row in rows], sizes[order].tolist())
+        pieces = [self._pieces(row) for row in rows]
+        first = with_placeholders([own[0] for own in pieces], queries[order].tolist(), [told[place] for place in order])
+        ids, there, answer = self._tokens([[start, *own[1:]] for start, own in zip(first, pieces, strict=True)])
         longest, kept = ids.shape[1], answer.shape[1]
         seen = set(order)
         numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
@@ -132,17 +139,14 @@ class Asking:
             said = whole
         return pieces
 
-    def _tokens(self, rows: Sequence[list[str]], sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(self, rows: Sequence[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
         """[R,T] tokens and mask, padded on the left, and [R,L] what is learned after the last L of them.
 
         Args:
             rows: pieces, of which every second one is learned.
-            sizes: tokens of the structures, in the order of their placeholders.
         """
         tokenizer = self._processor.tokenizer
-        first = with_placeholders([pieces[0] for pieces in rows], sizes)
-        pieces = [piece for start, own in zip(first, rows, strict=True) for piece in (start, *own[1:])]
-        tokens = iter(tokenizer(pieces, add_special_tokens=False)["input_ids"])
+        tokens = iter(tokenizer([piece for own in rows for piece in own], add_special_tokens=False)["input_ids"])
         found = []
         for own in rows:
             parts = [(token, bool(n % 2)) for n in range(len(own)) for token in next(tokens)]
@@ -191,10 +195,10 @@ def in_a_string(row: Row, structures: Sequence[Structure]) -> Row:
 
 
 def string_of(structure: Structure) -> str:
-    """Formula and SMILES without stereo, or the sequence: what a text can say of it."""
+    """Composition and SMILES without stereo, or the sequence: what a text can say of it."""
     if structure.node_type.max() >= FIRST_RESIDUE:
         return sequence(structure)
-    return " ".join([formula(structure), *structure.text[:1]])
+    return " ".join([f"({counted(structure)})", *structure.text[:1]])
 
 
 def packed(structures: Sequence[Structure]) -> Batch:

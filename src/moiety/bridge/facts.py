@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from ase.data import atomic_names, chemical_symbols
+import torch
+from ase.data import chemical_symbols
 from ase.formula import Formula
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdMolDescriptors
 
 from moiety.data.splits import place
 from moiety.data.structure import Structure
-from moiety.models.vocabulary_moiety import FIRST_RESIDUE
+from moiety.models.processing_bridge_moiety import compositions
+from moiety.models.resampler_moiety import unit_counts
+from moiety.models.vocabulary_moiety import ELEMENT_NAMES, FIRST_RESIDUE
 
 ASKED_ELEMENTS = (1, 6, 7, 8, 9, 16, 17, 35)  # for which a molecule may be asked in vain
 MOST = 12  # what is counted beyond it is not asked
@@ -142,7 +145,7 @@ def _held(graph: Chem.Mol) -> list[str]:
 
 def element(number: int) -> str:
     """Its English name, in small letters."""
-    return atomic_names[number].lower()
+    return ELEMENT_NAMES[number - 1]
 
 
 def _graph_of(structure: Structure) -> Chem.Mol | None:
@@ -198,6 +201,13 @@ def formula(structure: Structure) -> str:
     """By Hill's order, of the whole structure or of a crystal's smallest unit."""
     whole = Formula.from_list([chemical_symbols[number] for number in structure.node_type])
     return (whole.reduce()[0] if structure.periodic else whole).format("hill")
+
+
+def counted(structure: Structure) -> str:
+    """Its composition in the words that a processor writes beside a structure."""
+    node_type = torch.from_numpy(structure.node_type)
+    pbc = torch.tensor([[structure.periodic] * 3])
+    return compositions(unit_counts(node_type, torch.zeros_like(node_type), pbc))[0]
 
 
 def capitalised(text: str) -> str:

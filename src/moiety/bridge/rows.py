@@ -13,6 +13,7 @@ from moiety.bridge.facts import (
     WIDER,
     Fact,
     can_be_denied,
+    counted,
     denied,
     facts_of,
     formula,
@@ -129,14 +130,19 @@ class Writer:
         return replace(row, question=asked, read=(), number=None, is_caption=False)
 
     def _told(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> list[str]:
-        """Descriptions from which a question can be answered; of two structures only what they are compared by."""
+        """What stands for structures: compositions, as beside a real one, and sentences that answer the question."""
         assert row.fact is not None
-        if len(row.read) > 1:
-            return [statement_row(structures[place], place, rng).answer for place in row.read]
-        fact = row.fact if row.fact.kind in "ABC" else None
-        if fact is not None and rng.random() < ALONE:
-            return [in_a_sentence(phrases([fact], rng))]
-        return [self.described_as(structures[row.about], rng, fact, most=1)]
+        said = []
+        for place in row.read:
+            if len(row.read) > 1:
+                sentence = statement_row(structures[place], place, rng).answer
+            elif row.fact.kind in "ABC" and rng.random() < ALONE:
+                sentence = in_a_sentence(phrases([row.fact], rng))
+            else:
+                fact = row.fact if row.fact.kind in "ABC" else None
+                sentence = in_a_sentence(phrases(self._told_of(structures[place], rng, fact, most=1), rng))
+            said.append(f"({counted(structures[place])}) {sentence}")
+        return said
 
     def _worn(self, row: Row, rng: np.random.Generator) -> Row:
         if row.fact is None:
@@ -185,11 +191,9 @@ class Writer:
         facts = list(facts_of(structure, rng))
         return [fact for fact in facts if self.split != "train" or not is_kept_back(fact, structure)] or facts[:1]
 
-    def described_as(
-        self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
-    ) -> str:
-        """What it is, its formula, the fact of class C where there is one, what is asked, and up to `most` others."""
-        return after_formula(structure, phrases(self._told_of(structure, rng, asked, most), rng))
+    def described_as(self, structure: Structure, rng: np.random.Generator) -> str:
+        """What it is, its formula, the fact of class C where there is one, and a few others."""
+        return after_formula(structure, phrases(self._told_of(structure, rng), rng))
 
     def _told_of(
         self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID

@@ -45,8 +45,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
         structure_config: of the tower, a `MoietyModel`.
         text_config: of any causal language model.
         bridge_config: of the resampler.
-        structure_token_id: the placeholder; a structure has as many as `num_queries` says, one for each type of node,
-            and HANDED more.
+        structure_token_id: the placeholder; a structure has as many as `num_queries` says, and HANDED more.
         abstain_token_id: what is said where a question does not fit, -1 for nothing.
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
     """

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .asking_moiety import ask
 from .configuration_bridge_moiety import HANDED, MoietyBridgeConfig
 from .modeling_moiety import MoietyModel
-from .resampler_moiety import Bridge, Invariants, Structures, query_counts, token_counts, unit_counts
+from .resampler_moiety import Bridge, Invariants, Structures, query_counts, unit_counts
 
 STRUCTURE_INPUTS = (
     "node_type", "positions", "graph_index", "edge_index", "edge_shift", "cell", "pbc", "charge", "spin", "domain",
@@ -191,24 +191,19 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            size = self.config.text_config.initializer_range if module in self._speaking() else 1.0
+            small = module in (self.bridge.out, self.bridge.hand.out)  # tokens as large as those of words
+            size = self.config.text_config.initializer_range if small else 1.0
             init.normal_(module.weight, std=size / module.in_features**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            size = self.config.text_config.initializer_range if module in self._speaking() else 1.0
-            init.normal_(module.weight, std=size)
+            init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, Calibration | Invariants):
             module.reset()
         elif isinstance(module, SharedSpace):
             init.constant_(module.log_sharpness, math.log(SHARPNESS))
-
-    def _speaking(self) -> tuple[nn.Module, ...]:
-        """What writes tokens, which are to be as large as those of words."""
-        formula = self.bridge.formula
-        return self.bridge.out, self.bridge.hand.out, formula.kind, formula.count, formula.nodes
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -228,9 +223,8 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
         """What the bridge makes of node features of the tower."""
-        node_type, graph_index, pbc = (structures[name] for name in ("node_type", "graph_index", "pbc"))
-        units_BV = unit_counts(node_type, graph_index, pbc)
-        return self.bridge(features_NMC, graph_index, node_type, num_queries, units_BV)
+        units_BV = unit_counts(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
+        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV.sum(1))
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.
@@ -279,10 +273,14 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _structures_alone(self, structures: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Rows of placeholders, padded on the left, and where they stand; adds the number of queries."""
-        nodes = tuple(structures[name] for name in ("node_type", "graph_index", "pbc"))
         if "num_queries" not in structures:
-            structures["num_queries"] = query_counts(*nodes, self.config.bridge_config.nodes_per_query)
-        sizes_R = token_counts(structures["num_queries"], unit_counts(*nodes))
+            structures["num_queries"] = query_counts(
+                structures["node_type"],
+                structures["graph_index"],
+                structures["pbc"],
+                self.config.bridge_config.nodes_per_query,
+            )
+        sizes_R = structures["num_queries"] + HANDED
         longest = int(sizes_R.max())
         there_RT = torch.arange(longest, device=sizes_R.device) >= longest - sizes_R.unsqueeze(1)
         pad = self.config.text_config.pad_token_id or 0

@@ -22,7 +22,6 @@ from .configuration_moiety import MoietyConfig
 TINY = 1e-6
 LEAST_SPREAD = 1e-3  # of an invariant over structures
 TYPICAL, LARGE = 16.0, 64.0  # nodes of a unit over which sums are of unit size; that are counted at most
-COUNTED = 32  # nodes of a type that are told apart from one more
 FAINT = 0.03  # root mean square of pseudoscalars far below which a structure has no hand
 
 
@@ -139,34 +138,11 @@ class Whole(nn.Module):
         self.total = nn.Linear(size + 2, config.hidden_size, bias=False)
         self.most = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, mean_BF: Tensor, nodes_BnD: Tensor, there_Bn: Tensor, units_BV: Tensor) -> Tensor:
-        count_B1 = units_BV.sum(-1, keepdim=True).to(mean_BF).clamp(max=LARGE) / TYPICAL
+    def forward(self, mean_BF: Tensor, nodes_BnD: Tensor, there_Bn: Tensor, units_B: Tensor) -> Tensor:
+        count_B1 = units_B.unsqueeze(-1).to(mean_BF).clamp(max=LARGE) / TYPICAL
         total_BG = torch.cat([mean_BF * count_B1, count_B1, count_B1.log()], dim=-1)
         most_BD = nodes_BnD.masked_fill(~there_Bn.unsqueeze(-1), -torch.inf).amax(1)
         return self.mean(mean_BF) + self.total(total_BG) + self.most(most_BD)
-
-
-class Formula(nn.Module):
-    """A token for each type of node that there is [B,V,width]: which, how many, and what its nodes are on average.
-
-    A word that asks for an element finds its count by attention; queries bury it under all else that they read.
-    """
-
-    def __init__(self, vocab_size: int, config: BridgeConfig, width: int):
-        super().__init__()
-        self.kind = nn.Embedding(vocab_size, width)
-        self.count = nn.Embedding(COUNTED + 1, width)
-        self.nodes = nn.Linear(config.hidden_size, width, bias=False)
-
-    def forward(self, nodes_ND: Tensor, owner_N: Tensor, type_N: Tensor, units_BV: Tensor) -> Tensor:
-        """`owner_N`, `type_N`: structure and type of each node. Zeros where there is no node of the type."""
-        graphs, types = units_BV.shape
-        owner_T, type_T = units_BV.nonzero(as_tuple=True)
-        place_BV = torch.zeros_like(units_BV).index_put((owner_T, type_T), torch.arange(len(owner_T)).to(owner_T))
-        nodes_TD = mean_over(nodes_ND, place_BV[owner_N, type_N], len(owner_T))
-        count_T = units_BV[owner_T, type_T].clamp(max=COUNTED)
-        tokens_TW = self.kind(type_T) + self.count(count_T) + self.nodes(nodes_TD)
-        return tokens_TW.new_zeros(graphs, types, tokens_TW.shape[-1]).index_put((owner_T, type_T), tokens_TW)
 
 
 @dataclass
@@ -198,30 +174,25 @@ class Bridge(nn.Module):
             )
         self.norm = nn.RMSNorm(config.hidden_size)
         self.out = nn.Linear(config.hidden_size, width)
-        self.formula = Formula(structure.vocab_size, config, width)
         self.hand = Hand(config, width)
 
-    def forward(
-        self, features_NMC: Tensor, graph_index: Tensor, node_type: Tensor, num_queries_B: Tensor, units_BV: Tensor
-    ) -> Structures:
-        """`units_BV`: nodes of the smallest unit, see `unit_counts`."""
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_B: Tensor) -> Structures:
+        """`units_B`: nodes of the smallest unit, see `unit_counts`."""
         even_NF, odd_NP = self.invariants(features_NMC)
-        nodes_ND = self.node_norm(self.even(even_NF))
-        nodes_BnD, there_Bn = padded(nodes_ND, graph_index, num_queries_B.shape[0])
+        nodes_BnD, there_Bn = padded(self.node_norm(self.even(even_NF)), graph_index, num_queries_B.shape[0])
         mean_BF = mean_over(even_NF, graph_index, num_queries_B.shape[0])
-        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_BV)
+        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_B)
         odd_BnP, _ = padded(odd_NP, graph_index, num_queries_B.shape[0])
         asked_B = num_queries_B.clamp(min=BUCKETS[0])
         x_BKD = self.norm(self._queried(nodes_BnD, there_Bn, whole_BD, int(asked_B.max())))
         place_K = torch.arange(x_BKD.shape[1], device=x_BKD.device)
         share_BK = (place_K < asked_B.unsqueeze(-1)) / asked_B.unsqueeze(-1)
         hand_BKW, odd_BO = self.hand(nodes_BnD, odd_BnP, there_Bn)
-        formula_BVW = self.formula(nodes_ND, graph_index, node_type, units_BV)
-        is_read_B1 = (num_queries_B > 0).unsqueeze(-1)
-        kept = (place_K < num_queries_B.unsqueeze(-1), is_read_B1 & (units_BV > 0), is_read_B1.expand(-1, HANDED))
+        is_read_B = num_queries_B > 0
+        kept_BK = torch.cat([place_K < num_queries_B.unsqueeze(-1), is_read_B.unsqueeze(-1).expand(-1, HANDED)], dim=1)
         return Structures(
-            tokens=torch.cat([self.out(x_BKD), formula_BVW, hand_BKW], dim=1)[torch.cat(kept, dim=1)],
-            sizes=token_counts(num_queries_B, units_BV),
+            tokens=torch.cat([self.out(x_BKD), hand_BKW], dim=1)[kept_BK],
+            sizes=num_queries_B + HANDED * is_read_B,
             even=(x_BKD * share_BK.unsqueeze(-1)).sum(1),
             odd=odd_BO,
         )
@@ -265,11 +236,6 @@ def query_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor, nodes_per_
     return torch.tensor([num_queries(size, nodes_per_query) for size in units], device=pbc.device)
 
 
-def token_counts(num_queries_B: Tensor, units_BV: Tensor) -> Tensor:
-    """[B] tokens of structures that are read: queries, one for each type of node, and the hand; 0 of others."""
-    return (num_queries_B + (units_BV > 0).sum(1) + HANDED) * (num_queries_B > 0)
-
-
 def mean_over(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> Tensor:
     """[B,D] over the nodes of each structure."""
     sizes_B = torch.bincount(graph_index, minlength=num_graphs)
@@ -290,4 +256,4 @@ def padded(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> tuple[Ten
     ), there
 
 
-__all__ = ["Bridge", "Structures", "mean_over", "query_counts", "token_counts", "unit_counts"]
+__all__ = ["Bridge", "Structures", "mean_over", "query_counts", "unit_counts"]

@@ -15,9 +15,22 @@ _SYMBOLS = (
     "Hf Ta W Re Os Ir Pt Au Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr "
     "Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts Og"
 )
+_NAMES = (
+    "hydrogen helium lithium beryllium boron carbon nitrogen oxygen fluorine neon sodium magnesium aluminium silicon "
+    "phosphorus sulfur chlorine argon potassium calcium scandium titanium vanadium chromium manganese iron cobalt "
+    "nickel copper zinc gallium germanium arsenic selenium bromine krypton rubidium strontium yttrium zirconium "
+    "niobium molybdenum technetium ruthenium rhodium palladium silver cadmium indium tin antimony tellurium iodine "
+    "xenon caesium barium lanthanum cerium praseodymium neodymium promethium samarium europium gadolinium terbium "
+    "dysprosium holmium erbium thulium ytterbium lutetium hafnium tantalum tungsten rhenium osmium iridium platinum "
+    "gold mercury thallium lead bismuth polonium astatine radon francium radium actinium thorium protactinium "
+    "uranium neptunium plutonium americium curium berkelium californium einsteinium fermium mendelevium nobelium "
+    "lawrencium rutherfordium dubnium seaborgium bohrium hassium meitnerium darmastadtium roentgenium copernicium "
+    "nihonium flerovium moscovium livermorium tennessine oganesson"
+)
 _RESIDUES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL SEC PYL UNK"
 
 ELEMENTS = _SYMBOLS.split()
+ELEMENT_NAMES = _NAMES.split()
 RESIDUES = _RESIDUES.split()
 AMINO_ACIDS = RESIDUES[:20]  # the genetic code's own
 
