@@ -18,6 +18,8 @@ from moiety.data.structure import Structure
 from moiety.data.subset import Subset
 from moiety.data.texts import TextCorpus
 from moiety.errors import InputError
+from moiety.training.config import DataConfig
+from moiety.training.mixture import Mixture, Source
 
 Array = np.ndarray
 PAIR = "pair"  # the entry of `Structure.groups` that partners share
@@ -25,6 +27,29 @@ COMPANY = 4  # structures of one composition that are read together
 TEXT_NODES = 24  # that the text about a structure counts as: small structures would fill a micro-batch by the hundred
 LETTERS_PER_NODE = 8.0  # a text counts as so many nodes against the budget
 LETTERS = 240  # of a piece of prose: about as long as the captions and questions that it is padded beside
+
+
+class Joined(Mixture):
+    """A mixture whose micro-batches join several packs, each of one source and of one size.
+
+    Where every step is about one kind of structure, and so asks a few questions alone, a language model learns each for
+    as long as it lasts, and little of what all have in common.
+    """
+
+    def __init__(self, sources: list[Source], config: DataConfig, packs: int) -> None:
+        super().__init__(sources, config)
+        self._packs = packs
+
+    def structures(self, number: int, whole: bool = False) -> list[Structure]:
+        packs = range(self._packs * number, self._packs * (number + 1))
+        return [structure for pack in packs for structure in super(Joined, self).structures(pack, whole)]
+
+    def digest(self, previous: str, first: int, last: int) -> str:
+        return super().digest(previous, self._packs * first, self._packs * last)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return super().facts | {"packs": self._packs}
 
 
 class Together:

@@ -24,7 +24,7 @@ from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
 from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Writer
-from moiety.bridge.sources import Named, Prose, Single, Together
+from moiety.bridge.sources import Joined, Named, Prose, Single, Together
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.data.texts import TextCorpus
@@ -75,11 +75,12 @@ class BridgeSourceConfig:
 
 @dataclass(frozen=True)
 class BridgeDataConfig:
-    """Budgets are per micro-batch, as in pretraining."""
+    """Budgets are per pack, which is of one source; a micro-batch joins several packs."""
 
     sources: tuple[BridgeSourceConfig, ...]
-    node_budget: int = 700
+    node_budget: int = 240
     edge_budget: int = 30000
+    packs: int = 4
     micro_batches: int = 1
     seed: int = 0
 
@@ -201,7 +202,7 @@ def standardise(model: MoietyForConditionalGeneration, mixture: Mixture, asking:
     """Centre and spread of what a new bridge reads, from the first micro-batches; every rank finds the same."""
     features, owners, count = [], [], 0
     for number in range(MEASURED):
-        structures = mixture.read(mixture.micro_batch(number), whole=True)
+        structures = mixture.structures(number, whole=True)
         batch = with_neighbors(asking.shown(structures), model.config.cutoff)
         trunk = model.tower(**batch.inputs())
         features.append(trunk.node_features)
@@ -243,9 +244,8 @@ def open_mixture(config: BridgeDataConfig) -> Mixture:
         micro_batches=config.micro_batches,
         seed=config.seed,
     )
-    return Mixture(
-        [Source(opened(source), Path(source.path).name, data, n) for n, source in enumerate(config.sources)], data
-    )
+    sources = [Source(opened(source), Path(source.path).name, data, n) for n, source in enumerate(config.sources)]
+    return Joined(sources, data, config.packs)
 
 
 def opened(source: BridgeSourceConfig) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .feature_extraction_moiety import MoietyFeatureExtractor
 from .configuration_bridge_moiety import HANDED
+from .feature_extraction_moiety import MoietyFeatureExtractor
 from .resampler_moiety import query_counts, unit_counts
 from .vocabulary_moiety import ELEMENT_NAMES, FIRST_RESIDUE
 

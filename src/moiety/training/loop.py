@@ -235,4 +235,4 @@ def count_spikes(run: Run, state: dict[str, Any], applied: bool, mixture: Mixtur
 
 def structure_ids(mixture: Mixture, numbers: Sequence[int]) -> dict[int, list[str]]:
     """Micro-batch -> the ids of its structures."""
-    return {number: [s.id for s in mixture.read(mixture.micro_batch(number))] for number in numbers}
+    return {number: [s.id for s in mixture.structures(number)] for number in numbers}

@@ -249,6 +249,10 @@ class Mixture:
         """Its structures; `whole` ones with all labels."""
         return self.sources[batch.source].corpus.read(batch.indices, whole)
 
+    def structures(self, number: int, whole: bool = False) -> list[Structure]:
+        """Those of the micro-batch of that number."""
+        return self.read(self.micro_batch(number), whole)
+
     def digest(self, previous: str, first: int, last: int) -> str:
         """A running hash over which structures the micro-batches first..last-1 hold, after `previous`."""
         total = hashlib.sha256(previous.encode())

@@ -39,7 +39,7 @@ class Prepared(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         whole = bool(self._labels) or self._make is not None
-        structures = self._mixture.read(self._mixture.micro_batch(number), whole=whole)
+        structures = self._mixture.structures(number, whole)
         rng = torch.Generator().manual_seed(own_seed(self._seed, number))
         batch = self._make(structures, rng) if self._make else collate(structures, labels=self._labels)
         for objective in self._objectives:
