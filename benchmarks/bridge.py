@@ -31,7 +31,8 @@ from moiety.errors import InputError
 
 PAGE = ROOT / "docs/bridge.md"
 RESULTS = ROOT / "benchmarks/results/bridge.json"
-STAGES = ("align", "generate", "instruct", "calibrate")
+STAGES = ("align", "generate", "instruct", "search", "calibrate")
+ANSWERING = ("align", "generate", "instruct", "calibrate")  # of who is not asked to search
 LANGUAGE = "language"
 
 
@@ -45,14 +46,14 @@ class Arm:
     name: str
     changes: tuple[str, ...] = ()
     of_stage: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = ANSWERING
 
 
 ARMS = {
-    "bridge": Arm("the bridge"),
-    "blind": Arm("blind, retrained", ("sees=nothing",), stages=STAGES[1:]),
+    "bridge": Arm("the bridge", stages=STAGES),
+    "blind": Arm("blind, retrained", ("sees=nothing",), stages=ANSWERING[1:]),
     "composition": Arm("composition only, retrained", ("sees=composition",)),
-    "string": Arm("text string only, retrained", ("sees=string",), stages=STAGES[1:]),
+    "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[1:]),
     "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space, numbers]")}),
     "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),
 }
@@ -104,7 +105,7 @@ def train_language(out: Path) -> None:
     if not (out / LANGUAGE / "export/config.json").is_file():
         config = ROOT / f"finetune/configs/bridge_{LANGUAGE}.yaml"
         words = ["--config", str(config), "--out", out / LANGUAGE]
-        call(LANGUAGE, "finetune/bridge.py", *words, threads=os.cpu_count() or 1)
+        call(LANGUAGE, "finetune/bridge.py", *words, ranks=min(2, os.cpu_count() or 1))  # a micro-batch each
 
 
 def train_arm(name: str, seed: int, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from moiety.bridge.rows import (
     Writer,
     asking,
     compared,
+    conversations,
     in_full,
     nearly,
     with_wrong_ones,
 )
 from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
-from moiety.bridge.stages import blinded, composition_only
+from moiety.bridge.stages import BridgeDataConfig, BridgeSourceConfig, blinded, composition_only, open_mixture
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.data.texts import TextCorpus
@@ -180,6 +182,11 @@ def test_a_wrong_row_shows_the_partner(bridge: tuple[Any, Any], isomers: list[St
     assert [(row.read, row.answer, row.right) for row in wrong] == [((1,), right.answer, 0), ((0,), other.answer, 1)]
     batch = asker(bridge).dialogue(pair, [right, other, *wrong])
     assert batch.structure_order.tolist() == [0, 1, 1, 0]
+    others = [fact for fact in facts_of(pair[0], np.random.default_rng(0)) if fact.kind == "A"]
+    before = [asking(fact, 0, "train", np.random.default_rng(0)) for fact in others]
+    (conversation,) = conversations([*before, rows[0]])
+    _, shown = with_wrong_ones([conversation], pair)
+    assert shown == replace(conversation, read=(1,), right=0) and len(shown.earlier) == len(others) > 2
 
 
 def test_a_bridge_that_ignores_the_structure_loses_the_margin(
@@ -257,7 +264,7 @@ def test_questions_about_one_structure_stand_in_one_conversation(
     for row in rows:
         turns = (*row.earlier, row)
         assert len({one.read for one in turns}) == 1 and not any(one.earlier for one in row.earlier)
-        assert len(turns) == 1 or all(one.fact and one.fact.kind in "ABN" for one in turns)
+        assert len(turns) == 1 or all(one.fact and one.fact.kind in "ABCN" for one in turns)
     tokenizer = bridge[1].tokenizer
     for string in (False, True):
         batch = asker(bridge, string=string).dialogue(molecules, rows)
@@ -330,6 +337,17 @@ def test_partners_are_read_together(isomers: list[Structure]) -> None:
     alike = Together.of_one_composition(Corpus.open(CORPORA / "qm9", split="train"), 0)
     for number in range(len(alike)):
         assert len({np.sort(one.node_type).tobytes() for one in alike.read([number])}) == 1
+
+
+def test_a_micro_batch_joins_packs_of_several_sources() -> None:
+    listed = (BridgeSourceConfig(str(CORPORA / "isomers"), "partners"), BridgeSourceConfig(str(CORPORA / "qm9")))
+    joined_ones, alone = (open_mixture(BridgeDataConfig(listed, packs=packs)) for packs in (4, 1))
+    for number in range(5):
+        packs = [one.id for pack in range(4 * number, 4 * number + 4) for one in alone.structures(pack)]
+        assert [one.id for one in joined_ones.structures(number)] == packs
+        assert {one.source for one in joined_ones.structures(number, whole=True)} == {"isomers", "qm9"}
+    assert joined_ones.digest("", 0, 2) == alone.digest("", 0, 8) != joined_ones.digest("", 0, 1)
+    assert joined_ones.facts != alone.facts
 
 
 def test_prose_comes_in_pieces() -> None:

@@ -156,6 +156,17 @@ def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[A
         assert torch.equal(model(**inputs).logits, model.language_model(**inputs).logits)
 
 
+def test_the_composition_stands_beside_a_structure_and_a_supercell_has_the_same(bridge: tuple[Any, Any]) -> None:
+    _, processor = bridge
+    salt = bulk("NaCl", "rocksalt", a=5.64)
+    texts = [
+        processor.tokenizer.decode(processor(text=[f"{PLACEHOLDER} What?"], structures=[one])["input_ids"][0])
+        for one in (salt, salt.repeat((2, 1, 1)), molecule("CH3CH2OH"))
+    ]
+    assert texts[0] == texts[1] and texts[0].endswith(f"{PLACEHOLDER} (1 sodium, 1 chlorine) What?")
+    assert texts[2].endswith(f"{PLACEHOLDER} (6 hydrogen, 2 carbon, 1 oxygen) What?")
+
+
 def test_chats_hold_structures_in_blocks(bridge: tuple[Any, Any]) -> None:
     _, processor = bridge
     settings = {"add_generation_prompt": True, "tokenize": True}

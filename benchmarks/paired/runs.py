@@ -113,14 +113,16 @@ def side_by_side(work: Callable[[Any], None], items: Sequence[Any], what: str) -
             pass
 
 
-def call(name: str, script: str, *words: str | Path, threads: int = 1) -> None:
-    """A script of the project, on one core unless it is said.
+def call(name: str, script: str, *words: str | Path, ranks: int = 1) -> None:
+    """A script of the project, on one core, or on a few with a rank each.
 
     Raises:
         InputError: it failed; with its last words.
     """
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, ROOT / script, *words], env=env, cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", str(ranks)]
+    start = launcher if ranks > 1 else [sys.executable]
+    done = subprocess.run([*start, ROOT / script, *words], env=env, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{name}: exit {done.returncode}\n{done.stderr[-2000:]}")
 

@@ -30,9 +30,9 @@ PROSE = "prose"  # source of what stands for a text without a structure
 NAMED = "named"  # the entry of `Structure.groups` that says of which kind a structure's own text is: a name, or a
 DESCRIBED = "description"
 CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
+OF_COMPOSITION = ("elements", "heaviest", "contains", "count")  # facts that need not be told beside it
 USUAL = (6, 7, 8)  # elements that one is taken for
 UNPAIRED = (1, 7, 9, 15, 17, 35, 53)  # with bonds of an odd number: there is an even number of such atoms
-ALONE = 0.5  # share of the told facts that nothing else stands beside: to look one up is learned there first
 PHRASES = 3  # in which what tells partners apart is said, of each structure
 MOST_SAID, MOST_IN_CAPTIONS = 3, 8  # facts of a description, and of one that is to be found, besides that of class C
 
@@ -118,29 +118,31 @@ class Writer:
             rows += self._of_one(place, structure, in_captions, describing, rng)
         if not in_captions and not describing:
             rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
+        rows = conversations([self._worn(row, rng) if rng.random() < self.worn else row for row in rows])
         if self.text == WORDS:
             return [self._in_words(row, structures, rng) for row in rows if not row.is_spoiled]
-        return conversations([self._worn(row, rng) if rng.random() < self.worn else row for row in rows])
+        return rows
 
     def _in_words(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> Row:
         """The row as plain text; before what is asked a description that says it may stand in the structure's place."""
-        asked = self._worn(row, rng).question if rng.random() < self.worn else row.question
+        first, *others = (*row.earlier, replace(row, earlier=()))
+        asked = first.question
         if row.fact is not None and rng.random() < self.told:
             asked = " ".join([*self._told(row, structures, rng), asked])
-        return replace(row, question=asked, read=(), number=None, is_caption=False)
+        first = replace(first, question=asked, read=(), number=None, is_caption=False)
+        return replace(others[-1], read=(), number=None, earlier=(first, *others[:-1])) if others else first
 
     def _told(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> list[str]:
-        """What stands for structures: compositions, as beside a real one, and sentences that answer the question."""
-        assert row.fact is not None
+        """What stands for structures: compositions, as beside a real one, and sentences that answer all questions."""
         said = []
         for place in row.read:
             if len(row.read) > 1:
                 sentence = statement_row(structures[place], place, rng).answer
-            elif row.fact.kind in "ABC" and rng.random() < ALONE:
-                sentence = in_a_sentence(phrases([row.fact], rng))
             else:
-                fact = row.fact if row.fact.kind in "ABC" else None
-                sentence = in_a_sentence(phrases(self._told_of(structures[place], rng, fact, most=1), rng))
+                asked = [turn.fact for turn in (*row.earlier, row) if turn.fact and turn.fact.kind in "ABC"]
+                asked = [fact for fact in asked if fact.name not in OF_COMPOSITION or rng.random() < 0.5]
+                facts = asked or self._told_of(structures[place], rng)
+                sentence = in_a_sentence(phrases([facts[number] for number in rng.permutation(len(facts))], rng))
             said.append(f"({counted(structures[place])}) {sentence}")
         return said
 
@@ -176,7 +178,7 @@ class Writer:
         return Row(place, text, asked, (place,))
 
     def drawn(self, structure: Structure, rng: np.random.Generator) -> list[Fact]:
-        """Facts that may be asked, the most telling first."""
+        """Facts that are asked, in any order."""
         allowed = self._allowed(structure, rng)
         order = [allowed[place] for place in rng.permutation(len(allowed))]
         telling = [
@@ -185,7 +187,8 @@ class Writer:
             if rng.random() < chance and any(fact.kind == kind for fact in order)
         ]
         others = [fact for fact in order if fact not in telling]
-        return [*telling, *sorted(others, key=lambda fact: fact.kind in "CN")][: self.asked]
+        chosen = [*telling, *sorted(others, key=lambda fact: fact.kind in "CN")][: self.asked]
+        return [chosen[number] for number in rng.permutation(len(chosen))]
 
     def _allowed(self, structure: Structure, rng: np.random.Generator) -> list[Fact]:
         facts = list(facts_of(structure, rng))
@@ -195,28 +198,20 @@ class Writer:
         """What it is, its formula, the fact of class C where there is one, and a few others."""
         return after_formula(structure, phrases(self._told_of(structure, rng), rng))
 
-    def _told_of(
-        self, structure: Structure, rng: np.random.Generator, asked: Fact | None = None, most: int = MOST_SAID
-    ) -> list[Fact]:
+    def _told_of(self, structure: Structure, rng: np.random.Generator, most: int = MOST_SAID) -> list[Fact]:
         what, *others = (fact for fact in facts_of(structure, rng) if fact.kind != "N")
         geometric = [fact for fact in others if fact.kind == "C"]
-        more = [*others, *groups_of(structure)]
-        more = [fact for fact in more if fact.kind != "C" and (asked is None or fact.name != asked.name)]
+        more = [fact for fact in (*others, *groups_of(structure)) if fact.kind != "C"]
         chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(most + 1)]]
-        if asked is not None and asked.kind != "C" and asked.name != what.name:
-            chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
         return [what, *chosen, *geometric]
 
 
 def conversations(rows: Sequence[Row]) -> list[Row]:
-    """Questions about one structure, one after the other: many short rows would be padding for the most part.
-
-    What tells partners apart is asked alone: a partner may stand in the structure's place.
-    """
+    """Questions about one structure, one after the other: many short rows would be padding for the most part."""
     found: list[Row] = []
     for row in rows:
         before = found[-1] if found else None
-        if before and before.read == row.read and all(one.fact and one.fact.kind in "ABN" for one in (before, row)):
+        if before and before.read == row.read and all(one.fact and one.fact.kind in "ABCN" for one in (before, row)):
             found[-1] = replace(row, earlier=(*before.earlier, replace(before, earlier=())))
         else:
             found.append(row)
@@ -310,10 +305,11 @@ def with_wrong_ones(rows: Sequence[Row], structures: Sequence[Structure]) -> lis
             partners.setdefault(structure.groups["pair"], []).append(place)
     wrong = []
     for number, row in enumerate(rows):
-        if row.fact is None or row.fact.kind != "C":
-            continue
-        others = [p for p in partners[structures[row.about].groups["pair"]] if answers[p] != row.fact.answer]
-        wrong += [Row(row.about, row.answer, row.question, (other,), number) for other in others[:1]]
+        telling = [turn.answer for turn in (*row.earlier, row) if turn.fact and turn.fact.kind == "C"]
+        if telling:
+            pair = partners[structures[row.about].groups["pair"]]
+            others = [place for place in pair if answers[place] not in (None, *telling)]
+            wrong += [replace(row, read=(other,), right=number) for other in others[:1]]
     return [*rows, *wrong]
 
 
