@@ -12,7 +12,16 @@ import pytest
 import torch
 from ase.build import bulk, molecule
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForMultimodalLM, AutoProcessor, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge
@@ -20,6 +29,7 @@ from moiety.bridge.stages import LORA_TARGETS
 from moiety.models.modeling_bridge_moiety import STRUCTURE_INPUTS
 from moiety.models.processing_bridge_moiety import PLACEHOLDER
 
+ROOT = Path(__file__).parents[1]
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 4, "tie_word_embeddings": True,
@@ -165,6 +175,18 @@ def test_the_composition_stands_beside_a_structure_and_a_supercell_has_the_same(
     ]
     assert texts[0] == texts[1] and texts[0].endswith(f"{PLACEHOLDER} (1 sodium, 1 chlorine) What?")
     assert texts[2].endswith(f"{PLACEHOLDER} (6 hydrogen, 2 carbon, 1 oxygen) What?")
+
+
+def test_a_language_model_from_a_directory_gets_the_tokens_that_it_lacks(base: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenizers/text")
+    language = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **SMALL))
+    language.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, processor = new_bridge(base, tmp_path, bridge={"hidden_size": 32})
+    inputs = processor(text=[f"{PLACEHOLDER} <num:gap>"], structures=[molecule("H2O")])
+    assert model(**inputs).logits.shape[-1] == len(processor.tokenizer) > len(tokenizer)
+    words = model.get_input_embeddings().weight[: len(tokenizer)]
+    assert torch.equal(words, language.get_input_embeddings().weight)
 
 
 def test_chats_hold_structures_in_blocks(bridge: tuple[Any, Any]) -> None:

@@ -54,6 +54,7 @@ def new_bridge(
         text = text_config(language, new_language or {}, tokenizer)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"the bridge: {error}") from error
+    text.vocab_size = max(text.vocab_size, len(tokenizer))
     config = MoietyBridgeConfig(
         structure_config=structure,
         text_config=text,
@@ -72,8 +73,7 @@ def new_bridge(
     if language:
         with quietly():
             model.language_model = AutoModelForCausalLM.from_pretrained(str(language), dtype=torch.float32)
-    if len(tokenizer) > text.vocab_size:
-        model.language_model.resize_token_embeddings(len(tokenizer))
+            model.language_model.resize_token_embeddings(text.vocab_size)
     model.config.text_config = model.language_model.config
     extractor = MoietyFeatureExtractor(cutoff=structure.cutoff)
     return model, MoietyBridgeProcessor(extractor, tokenizer, nodes_per_query=own.nodes_per_query)
