@@ -26,7 +26,7 @@ from moiety.bridge.facts import (
     unfit,
 )  # fmt: skip
 from moiety.bridge.new import new_bridge
-from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
+from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Preference
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
 from moiety.bridge.rows import (
     BOTH,
@@ -253,6 +253,33 @@ def test_matching_and_contrast_know_a_perfect_space(bridge: tuple[Any, Any], iso
         assert objective.loss_sum(Perfect, batch).sum() < 1e-3
         assert objective.scored(batch).sum() > 0
     assert Answering("answering").scored(batch).sum() == 0
+
+
+def test_fact_heads_learn_what_is_true_and_not_kept_back(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
+    model, processor = bridge
+    facts = model.config.facts
+    asking_facts = Asking(processor, model.config.numbers, Writer(QUESTIONS), facts=facts)
+    structures = [*isomers, *list(Corpus.open(CORPORA / "qm9", split="train"))[:30]]
+    batch = asking_facts(structures, torch.Generator().manual_seed(0))
+    target = batch.targets["facts"]
+    known = 0
+    for place, structure in enumerate(structures):
+        told = {fact.name: fact for fact in facts_of(structure, np.random.default_rng(0)) if fact.name in facts}
+        for name, fact in told.items():
+            answer = target[place, list(facts).index(name)]
+            assert (answer == UNSCORED) == is_kept_back(fact, structure)
+            assert answer == UNSCORED or facts[name][answer] == fact.answer
+            known += int(answer != UNSCORED)
+    assert known > 60
+    deciding = Deciding("deciding", facts)
+    sure = [50 * torch.eye(len(answers))[target[:, place].clamp(min=0)] for place, answers in enumerate(facts.values())]
+
+    class Right:
+        fact_logits = torch.cat(sure, dim=1)
+
+    assert deciding.loss_sum(Right, batch).sum() < 1e-3 < deciding.scored(batch).sum()
+    read = with_neighbors(batch, model.config.cutoff)
+    assert model(**read.inputs()).fact_logits.shape == Right.fact_logits.shape
 
 
 def test_questions_about_one_structure_stand_in_one_conversation(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moiety.bridge.facts import counted, is_kept_back, numbers_of
+from moiety.bridge.facts import counted, decided_of, is_kept_back, numbers_of
 from moiety.bridge.rows import Row, with_wrong_ones
 from moiety.data.leak.proteins import sequence
 from moiety.data.structure import Structure
@@ -38,7 +38,8 @@ class Dialogue(Batch):
     structure that a row is scored under;
     "right" [R], the row that a wrong one is held against, -1 of right ones; "caption" [R], of rows that are matched,
     not said; "statement" [R], of captions of one fact alone; "spoiled" [R], of captions that are not true; "group" [B],
-    the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known.
+    the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known;
+    "facts" [B,F], the place of the answer to each fact, UNSCORED where none is known.
     """
 
     input_ids: Tensor | None = None  # [R, T]
@@ -54,6 +55,7 @@ class Asking:
     def __init__(
         self, processor: MoietyBridgeProcessor, numbers: dict[str, Any], write: Write, contrast: bool = False,
         mirrored: bool = False, see: See | None = None, string: bool = False,
+        facts: Mapping[str, Sequence[str]] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -63,10 +65,12 @@ class Asking:
             contrast: add rows with a partner of another answer in the place of the structure.
             mirrored: half of what is not asked for its hand is shown in a mirror.
             see: what the model sees of a structure, where that is not all of it.
+            facts: MoietyBridgeConfig.facts, where they are learned.
             string: formula and SMILES stand before the question, and no structure.
         """
         self._processor, self._numbers, self._write = processor, numbers, write
         self._contrast, self._mirrored, self._see, self._string = contrast, mirrored, see, string
+        self._facts = facts or {}
 
     def __call__(self, structures: Sequence[Structure], rng: torch.Generator) -> Dialogue:
         numpy_rng = np.random.default_rng(int(torch.randint(2**62, (), generator=rng)))
@@ -111,7 +115,7 @@ class Asking:
         values: dict[str, Any] = vars(batch) | {
             "targets": batch.targets
             | self._targets(rows, answer)
-            | {"group": group, "numbers": self._known(structures)}
+            | {"group": group, "numbers": self._known(structures), "facts": self._decided(structures)}
         }
         return Dialogue(
             **values,
@@ -171,6 +175,16 @@ class Asking:
                     scale = self._numbers[fact.name]
                     known[place, list(self._numbers).index(fact.name)] = (fact.value - scale["mean"]) / scale["std"]
         return known
+
+    def _decided(self, structures: Sequence[Structure]) -> Tensor:
+        """[B,F] places of the answers of facts."""
+        places = torch.full((len(structures), len(self._facts)), UNSCORED)
+        names = {name: number for number, name in enumerate(self._facts)}
+        for place, structure in enumerate(structures if names else ()):
+            for name, answer in decided_of(structure):
+                if answer in self._facts[name]:
+                    places[place, names[name]] = list(self._facts[name]).index(answer)
+        return places
 
     def _targets(self, rows: Sequence[Row], answer: Tensor) -> dict[str, Tensor]:
         return {

@@ -73,6 +73,13 @@ NUMBERS = {  # what number heads say: their scale, by which they are learned, is
     "gap": {"mean": 6.8, "std": 1.3, "unit": "eV"},
     "dipole": {"mean": 2.7, "std": 1.5, "unit": "D"},
 }
+DECIDED = {  # what fact heads say of a structure, and from which answers: bonds and geometry; the composition is told
+    "rings": tuple(map(str, range(7))),
+    "donors": tuple(map(str, range(6))),
+    "aromatic": (YES, NO),
+    **{f"group {name}": (YES, NO) for name in GROUPS},
+    **CHOICES,
+}
 ABSTAIN = "<abstain>"  # what is answered where a question does not fit
 FITS = {  # domains of which a question makes sense; others may be asked anywhere
     **dict.fromkeys(("rings", "aromatic", "donors", "group", "gap", "dipole", "extent", "double_bond"), "molecule"),
@@ -99,6 +106,18 @@ def numbers_of(structure: Structure) -> Iterator[Fact]:
     for name in NUMBERS:
         if structure.source == "qm9" and name in structure.scalars:
             yield Fact(name, "N", name, {}, value=structure.scalars[name])
+
+
+def decided_of(structure: Structure) -> Iterator[tuple[str, str]]:
+    """Names in DECIDED that apply to it, with the answers; not those that are kept back."""
+    rng = np.random.default_rng(0)
+    asked = [fact for fact in facts_of(structure, rng) if fact.kind in "BC" and fact.name != "group"]
+    if (graph := _graph_of(structure)) is not None:
+        held = _held(graph)
+        asked += [Fact("group", "B", YES if name in held else NO, {"group": name}) for name in GROUPS]
+    for fact in asked:
+        if not is_kept_back(fact, structure):
+            yield " ".join([fact.name, *fact.about.values()]), fact.answer
 
 
 def _of_composition(structure: Structure, rng: np.random.Generator) -> Iterator[Fact]:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from moiety.adapters.adapter import quietly, require_export
-from moiety.bridge.facts import ABSTAIN, NUMBERS
+from moiety.bridge.facts import ABSTAIN, DECIDED, NUMBERS
 from moiety.bridge.language import language_dir
 from moiety.bridge.rows import number_token, special_tokens
 from moiety.errors import InputError
@@ -65,6 +65,7 @@ def new_bridge(
             name: {**scale, "token_id": tokenizer.convert_tokens_to_ids(number_token(name))}
             for name, scale in NUMBERS.items()
         },
+        facts={name: list(answers) for name, answers in DECIDED.items()},
     )
     model = MoietyForConditionalGeneration(config)
     if not random_tower:

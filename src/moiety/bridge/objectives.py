@@ -7,6 +7,7 @@ All score rows of a `Dialogue` under the structures that the rows are about.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +102,28 @@ class Numbers(Objective):
         sigma_SP = output.number_log_sigmas.exp()
         loss_SP = (0.5 * (error_SP / sigma_SP).square() + output.number_log_sigmas) * sigma_SP.detach()
         return torch.where(known_SP, loss_SP, 0.0).sum(1) / known_SP.sum(1).clamp(min=1)
+
+
+class Deciding(Objective):
+    """Cross-entropy of the answers of fact heads, a mean over the facts that are known of a structure."""
+
+    def __init__(self, name: str, facts: Mapping[str, Sequence[str]], weight: float = 1.0):
+        self.name, self.weight = name, weight
+        self.sizes = [len(answers) for answers in facts.values()]
+
+    def scored(self, batch: Any) -> Tensor:
+        return (batch.targets["facts"] != UNSCORED).any(1).to(batch.positions)
+
+    def loss_sum(self, output: Any, batch: Any) -> Tensor:
+        target_SF = batch.targets["facts"]
+        loss_SF = torch.stack(
+            [
+                functional.cross_entropy(logits_SA, target_S, ignore_index=UNSCORED, reduction="none")
+                for logits_SA, target_S in zip(output.fact_logits.split(self.sizes, dim=1), target_SF.T, strict=True)
+            ],
+            dim=1,
+        )
+        return loss_SF.sum(1) / (target_SF != UNSCORED).sum(1).clamp(min=1)
 
 
 class Contrast(OfRows):

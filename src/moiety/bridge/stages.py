@@ -22,7 +22,7 @@ from moiety.bridge.calibrate import calibrate
 from moiety.bridge.dialogue import Asking, See
 from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge
-from moiety.bridge.objectives import Answering, Contrast, Matching, Numbers, Preference
+from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Preference
 from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Writer
 from moiety.bridge.sources import Joined, Named, Prose, Single, Together
 from moiety.data.shards import Corpus
@@ -39,13 +39,14 @@ from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
 
 TEXTS = (CAPTIONS, QUESTIONS, BOTH, WORDS)
-LANGUAGE, LORA, STRING = "language", "lora", "string"
+LANGUAGE, LORA, STRING, DECIDING = "language", "lora", "string", "deciding"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
     "tower": "tower.",
     "bridge": "bridge.",
     "space": "space.",
     "numbers": "number_head.",
+    "facts": "fact_head.",
     LANGUAGE: "language_model.",
 }
 LORA_TARGETS = r"language_model\..*\.(q|k|v|o)_proj"
@@ -91,7 +92,7 @@ class BridgeStageConfig:
 
     data: BridgeDataConfig
     training: TrainingConfig
-    trained: tuple[str, ...]  # of tower, bridge, space, numbers, language, lora; nothing: the stage that calibrates
+    trained: tuple[str, ...]  # of PARTS, and lora; nothing: the stage that calibrates
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
     text: str = QUESTIONS  # captions | questions | both | words
     start: str = ""
@@ -134,6 +135,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
         mirrored=True,
         see=SEEN[config.sees],
         string=config.sees == STRING,
+        facts=model.config.facts if DECIDING in config.objectives else None,
     )
     if not config.trained:
         return calibrated(run, config, model, processor, asking)
@@ -144,7 +146,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
     model.text_alone = config.text == CAPTIONS
     for line in told(adapted):
         run.progress.note(line)
-    objectives = build_bridge_objectives(config.objectives)
+    objectives = build_bridge_objectives(config.objectives, model.config.facts)
     fit(run, adapted, mixture, objectives, config.optimizer, config.training, make=asking)
     weights = run.weights()
     if weights is None:
@@ -262,12 +264,12 @@ def opened(source: BridgeSourceConfig) -> Any:
     return Single(corpus, source.most)
 
 
-def build_bridge_objectives(settings: dict[str, dict[str, Any]]) -> list[Objective]:
-    """The objectives of a stage by name."""
+def build_bridge_objectives(settings: dict[str, dict[str, Any]], facts: Any) -> list[Objective]:
+    """The objectives of a stage by name; `facts`: MoietyBridgeConfig.facts."""
     built: list[Objective] = []
     for name, own in settings.items():
         try:
-            built.append(OBJECTIVES[name](name, **own))
+            built.append(OBJECTIVES[name](name, **own, **({"facts": facts} if name == DECIDING else {})))
         except TypeError as error:
             raise InputError(f"objectives.{name}: {error}") from None
     return built
@@ -277,6 +279,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "answering": Answering,
     "preference": Preference,
     "numbers": Numbers,
+    DECIDING: Deciding,
     "contrast": Contrast,
     "matching": Matching,
 }

@@ -48,6 +48,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
         structure_token_id: the placeholder; a structure has as many as `num_queries` says, and HANDED more.
         abstain_token_id: what is said where a question does not fit, -1 for nothing.
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
+        facts: name -> answers: what fact heads decide, without a word, while the bridge is trained.
     """
 
     model_type = "moiety_bridge"
@@ -63,6 +64,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
     structure_token_id: int = 0
     abstain_token_id: int = -1
     numbers: dict[str, Any] | None = None
+    facts: dict[str, list[str]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

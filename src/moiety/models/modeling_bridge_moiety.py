@@ -37,7 +37,8 @@ class MoietyBridgeOutput(ModelOutput):
 
     `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [S,P] in units of their
     spread; `structure_embeds` [S,E] and `text_embeds` [R,E], whose products are log odds of belonging together;
-    `structure_features` [S,D], invariants of each structure.
+    `fact_logits` [S,C] of the answers of all facts, one fact after the other; `structure_features` [S,D], invariants of
+    each structure.
     """
 
     loss: Tensor | None = None
@@ -47,6 +48,7 @@ class MoietyBridgeOutput(ModelOutput):
     attentions: Any | None = None
     number_values: Tensor | None = None
     number_log_sigmas: Tensor | None = None
+    fact_logits: Tensor | None = None
     structure_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     structure_features: Tensor | None = None
@@ -78,6 +80,23 @@ class NumberHead(nn.Module):
     def forward(self, even_SD: Tensor) -> tuple[Tensor, Tensor]:
         value, log_sigma = self.map(even_SD).split(self.num_properties, dim=-1)
         return value, log_sigma.clamp(-6, 3)
+
+
+class FactHead(nn.Module):
+    """Logits [S,C] of the answers of all facts, from what the bridge reads of a structure, hand included.
+
+    A linear map learns what a structure says in a tenth of the time that a language model takes: it makes that what the
+    bridge says loudest.
+    """
+
+    def __init__(self, config: MoietyBridgeConfig):
+        super().__init__()
+        bridge, size = config.bridge_config, sum(map(len, (config.facts or {}).values()))
+        self.even = nn.Linear(bridge.hidden_size, size)
+        self.odd = nn.Linear(HANDED * bridge.num_pseudoscalars, size, bias=False)
+
+    def forward(self, structures: Structures) -> Tensor:
+        return self.even(structures.even) + self.odd(structures.odd)
 
 
 class SharedSpace(nn.Module):
@@ -185,6 +204,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.space = SharedSpace(config)
         self.number_head = NumberHead(config) if config.numbers else None
+        self.fact_head = FactHead(config) if config.facts else None
         self.calibration = Calibration(config)
         self.post_init()
 
@@ -367,6 +387,8 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         answer.structure_features = found.even
         if self.number_head is not None:
             answer.number_values, answer.number_log_sigmas = self.number_head(found.even)
+        if self.fact_head is not None:
+            answer.fact_logits = self.fact_head(found)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
