@@ -185,7 +185,7 @@ def test_a_language_model_from_a_directory_gets_the_tokens_that_it_lacks(base: P
     model, processor = new_bridge(base, tmp_path, bridge={"hidden_size": 32})
     inputs = processor(text=[f"{PLACEHOLDER} <num:gap>"], structures=[molecule("H2O")])
     assert model(**inputs).logits.shape[-1] == len(processor.tokenizer) > len(tokenizer)
-    words = model.get_input_embeddings().weight[: len(tokenizer)]
+    words = model.get_input_embeddings().get_parameter("weight")[: len(tokenizer)]
     assert torch.equal(words, language.get_input_embeddings().weight)
 
 
