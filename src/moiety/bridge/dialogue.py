@@ -65,8 +65,8 @@ class Asking:
             contrast: add rows with a partner of another answer in the place of the structure.
             mirrored: half of what is not asked for its hand is shown in a mirror.
             see: what the model sees of a structure, where that is not all of it.
+            string: composition and SMILES stand before the question, and no structure.
             facts: MoietyBridgeConfig.facts, where they are learned.
-            string: formula and SMILES stand before the question, and no structure.
         """
         self._processor, self._numbers, self._write = processor, numbers, write
         self._contrast, self._mirrored, self._see, self._string = contrast, mirrored, see, string

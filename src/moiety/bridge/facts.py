@@ -112,10 +112,7 @@ def decided_of(structure: Structure) -> Iterator[tuple[str, str]]:
     """Names in DECIDED that apply to it, with the answers; not those that are kept back."""
     rng = np.random.default_rng(0)
     asked = [fact for fact in facts_of(structure, rng) if fact.kind in "BC" and fact.name != "group"]
-    if (graph := _graph_of(structure)) is not None:
-        held = _held(graph)
-        asked += [Fact("group", "B", YES if name in held else NO, {"group": name}) for name in GROUPS]
-    for fact in asked:
+    for fact in (*asked, *_every_group(structure)):
         if not is_kept_back(fact, structure):
             yield " ".join([fact.name, *fact.about.values()]), fact.answer
 
@@ -153,9 +150,15 @@ def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
 
 def groups_of(structure: Structure) -> list[Fact]:
     """Every functional group that a molecule has, as a fact."""
-    graph = _graph_of(structure)
-    held = _held(graph) if graph is not None else []
-    return [Fact("group", "B", YES, {"group": name}, (YES, NO)) for name in held]
+    return [fact for fact in _every_group(structure) if fact.answer == YES]
+
+
+def _every_group(structure: Structure) -> list[Fact]:
+    """Those that it has, and those that it has not."""
+    if (graph := _graph_of(structure)) is None:
+        return []
+    held = _held(graph)
+    return [Fact("group", "B", YES if name in held else NO, {"group": name}, (YES, NO)) for name in GROUPS]
 
 
 def _held(graph: Chem.Mol) -> list[str]:

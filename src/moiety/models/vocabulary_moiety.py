@@ -24,7 +24,7 @@ _NAMES = (
     "dysprosium holmium erbium thulium ytterbium lutetium hafnium tantalum tungsten rhenium osmium iridium platinum "
     "gold mercury thallium lead bismuth polonium astatine radon francium radium actinium thorium protactinium "
     "uranium neptunium plutonium americium curium berkelium californium einsteinium fermium mendelevium nobelium "
-    "lawrencium rutherfordium dubnium seaborgium bohrium hassium meitnerium darmastadtium roentgenium copernicium "
+    "lawrencium rutherfordium dubnium seaborgium bohrium hassium meitnerium darmstadtium roentgenium copernicium "
     "nihonium flerovium moscovium livermorium tennessine oganesson"
 )
 _RESIDUES = "ALA ARG ASN ASP CYS GLN GLU GLY HIS ILE LEU LYS MET PHE PRO SER THR TRP TYR VAL SEC PYL UNK"
