@@ -54,7 +54,7 @@ ARMS = {
     "blind": Arm("blind, retrained", ("sees=nothing",), stages=ANSWERING[1:]),
     "composition": Arm("composition only, retrained", ("sees=composition",)),
     "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[1:]),
-    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space, numbers, facts]")}),
+    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space, numbers]")}),
     "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),
 }
 HEADLINE = ("bridge", "blind", "composition", "string")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Preference
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
 from moiety.bridge.rows import (
-    BOTH,
     CAPTIONS,
+    NOTHING,
     QUESTIONS,
     UNPAIRED,
     WORDS,
@@ -38,7 +37,6 @@ from moiety.bridge.rows import (
     Writer,
     asking,
     compared,
-    conversations,
     in_full,
     nearly,
     with_wrong_ones,
@@ -166,11 +164,11 @@ def test_what_is_scored_is_the_answer(bridge: tuple[Any, Any], isomers: list[Str
         places = batch.logits_to_keep[scored != UNSCORED]
         assert torch.equal(batch.input_ids[number, places + 1], scored[scored != UNSCORED])
     placeholders = (batch.input_ids == model.config.structure_token_id).sum(1)
-    assert placeholders.tolist() == [*(batch.num_queries + 2).tolist(), 0]
+    assert placeholders.tolist() == [*(batch.num_queries + 2 + len(model.config.facts)).tolist(), 0]
 
 
 def test_the_same_micro_batch_is_asked_the_same(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
-    one, two = (batch_of(bridge, isomers[:6], BOTH, mirrored=True) for _ in range(2))
+    one, two = (batch_of(bridge, isomers[:6], QUESTIONS, mirrored=True) for _ in range(2))
     assert torch.equal(one.input_ids, two.input_ids) and torch.equal(one.positions, two.positions)
 
 
@@ -182,11 +180,6 @@ def test_a_wrong_row_shows_the_partner(bridge: tuple[Any, Any], isomers: list[St
     assert [(row.read, row.answer, row.right) for row in wrong] == [((1,), right.answer, 0), ((0,), other.answer, 1)]
     batch = asker(bridge).dialogue(pair, [right, other, *wrong])
     assert batch.structure_order.tolist() == [0, 1, 1, 0]
-    others = [fact for fact in facts_of(pair[0], np.random.default_rng(0)) if fact.kind == "A"]
-    before = [asking(fact, 0, "train", np.random.default_rng(0)) for fact in others]
-    (conversation,) = conversations([*before, rows[0]])
-    _, shown = with_wrong_ones([conversation], pair)
-    assert shown == replace(conversation, read=(1,), right=0) and len(shown.earlier) == len(others) > 2
 
 
 def test_a_bridge_that_ignores_the_structure_loses_the_margin(
@@ -216,9 +209,7 @@ def test_two_conformers_are_compared_in_both_orders(isomers: list[Structure]) ->
 
 
 def test_in_words_alone_an_answer_can_be_read_from_the_description(isomers: list[Structure]) -> None:
-    writer = Writer(
-        WORDS, "test", 1, 1.0, worn=0.0, described=0.0, unfitting=0.0, captioned=0.0, told=1.0, comparing=0.0
-    )
+    writer = Writer(WORDS, "test", 1, 1.0, worn=0.0, described=0.0, unfitting=0.0, told=1.0, comparing=0.0)
     rows = writer(isomers, np.random.default_rng(0))
     for row, structure in zip(rows, isomers, strict=True):
         assert row.read == () and not row.is_caption
@@ -268,7 +259,7 @@ def test_fact_heads_learn_what_is_true_and_not_kept_back(bridge: tuple[Any, Any]
         for name, fact in told.items():
             answer = target[place, list(facts).index(name)]
             assert (answer == UNSCORED) == is_kept_back(fact, structure)
-            assert answer == UNSCORED or facts[name][answer] == fact.answer
+            assert answer == UNSCORED or list(facts[name])[answer] == fact.answer
             known += int(answer != UNSCORED)
     assert known > 60
     deciding = Deciding("deciding", facts)
@@ -282,31 +273,27 @@ def test_fact_heads_learn_what_is_true_and_not_kept_back(bridge: tuple[Any, Any]
     assert model(**read.inputs()).fact_logits.shape == Right.fact_logits.shape
 
 
-def test_questions_about_one_structure_stand_in_one_conversation(
-    bridge: tuple[Any, Any], isomers: list[Structure]
-) -> None:
+def test_a_string_stands_where_no_structure_is_seen(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
     molecules = [one for one in isomers if one.domain == "molecule"][:4]
     rows = Writer(QUESTIONS, worn=0.0, unfitting=0.0, described=0.0, comparing=0.0)(molecules, np.random.default_rng(0))
-    assert any(row.earlier for row in rows)
-    for row in rows:
-        turns = (*row.earlier, row)
-        assert len({one.read for one in turns}) == 1 and not any(one.earlier for one in row.earlier)
-        assert len(turns) == 1 or all(one.fact and one.fact.kind in "ABCN" for one in turns)
+    assert len(rows) > len(molecules)
     tokenizer = bridge[1].tokenizer
     for string in (False, True):
         batch = asker(bridge, string=string).dialogue(molecules, rows)
-        assert batch.targets["turns"].tolist() == [1 + len(row.earlier) for row in rows]
+        assert (batch.structure_order.shape[0] == 0) == string
         for row, ids, learned in zip(rows, batch.input_ids, batch.targets["answer"], strict=True):
-            said = tokenizer.decode(learned[learned >= 0]).split(tokenizer.eos_token)
-            assert [one.strip() for one in said if one.strip()] == [one.answer for one in (*row.earlier, row)]
+            assert tokenizer.decode(learned[learned >= 0]).removesuffix(tokenizer.eos_token).strip() == row.answer
             text = tokenizer.decode(ids)
-            assert all(one.question in text for one in (*row.earlier, row))
-            assert (string_of(molecules[row.about]) in text) == string
-            assert (batch.structure_order.shape[0] == 0) == string
-    kept = batch.logits_to_keep
-    following = batch.input_ids[:, (kept + 1).clamp(max=batch.input_ids.shape[1] - 1)]
-    learned = batch.targets["answer"]
-    assert torch.equal(following[learned >= 0], learned[learned >= 0])
+            assert row.question in text and (string_of(molecules[row.about]) in text) == string
+
+
+def test_a_text_of_nothing_is_one_row_that_reads_no_structure(
+    bridge: tuple[Any, Any], isomers: list[Structure]
+) -> None:
+    batch = batch_of(bridge, isomers[:6], NOTHING)
+    assert batch.input_ids.shape[0] == 1 and not len(batch.structure_order)
+    facts = bridge[0](**batch.inputs()).fact_logits
+    assert facts.shape == (6, sum(map(len, bridge[0].config.facts.values())))
 
 
 def test_a_spoiled_caption_is_wrong_in_one_thing(isomers: list[Structure]) -> None:

@@ -34,8 +34,7 @@ See = Callable[[Structure], Structure]
 class Dialogue(Batch):
     """A batch with rows of text, padded on the left.
 
-    `targets` has "answer" [R,L], the next token or UNSCORED; "turns" [R], how many answers it has; "about" [R], the
-    structure that a row is scored under;
+    `targets` has "answer" [R,L], the next token or UNSCORED; "about" [R], the structure that a row is scored under;
     "right" [R], the row that a wrong one is held against, -1 of right ones; "caption" [R], of rows that are matched,
     not said; "statement" [R], of captions of one fact alone; "spoiled" [R], of captions that are not true; "group" [B],
     the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known;
@@ -106,7 +105,8 @@ class Asking:
         told = compositions(unit_counts(*nodes))
         order = [place for row in rows for place in row.read]
         pieces = [self._pieces(row) for row in rows]
-        first = with_placeholders([own[0] for own in pieces], queries[order].tolist(), [told[place] for place in order])
+        sizes = self._processor.num_tokens(queries[order]).tolist()
+        first = with_placeholders([own[0] for own in pieces], sizes, [told[place] for place in order])
         ids, there, answer = self._tokens([[start, *own[1:]] for start, own in zip(first, pieces, strict=True)])
         longest, kept = ids.shape[1], answer.shape[1]
         seen = set(order)
@@ -127,27 +127,23 @@ class Asking:
         )
 
     def _pieces(self, row: Row) -> list[str]:
-        """What is given and what is learned of a row, by turns, in the words of the chat template."""
+        """What is given and what is learned of a row, in the words of the chat template."""
         tokenizer = self._processor.tokenizer
         if not row.question:
             return ["", f"{tokenizer.bos_token}{row.answer}{tokenizer.eos_token}"]
-        chat, pieces, said = [], [], ""
-        for number, turn in enumerate((*row.earlier, row)):
-            asked = " ".join([PLACEHOLDER] * len(row.read) + [turn.question]) if number == 0 else turn.question
-            chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": turn.answer}]
-            given = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-            whole = tokenizer.apply_chat_template(chat, tokenize=False)
-            if not (given.startswith(said) and whole.startswith(given)):
-                raise ValueError("the chat template writes a question otherwise once it is answered")
-            pieces += [given[len(said) :], whole[len(given) :]]
-            said = whole
-        return pieces
+        asked = " ".join([PLACEHOLDER] * len(row.read) + [row.question])
+        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": row.answer}]
+        given = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(chat, tokenize=False)
+        if not whole.startswith(given):
+            raise ValueError("the chat template writes a question otherwise once it is answered")
+        return [given, whole[len(given) :]]
 
     def _tokens(self, rows: Sequence[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
         """[R,T] tokens and mask, padded on the left, and [R,L] what is learned after the last L of them.
 
         Args:
-            rows: pieces, of which every second one is learned.
+            rows: two pieces each, of which the second one is learned.
         """
         tokenizer = self._processor.tokenizer
         tokens = iter(tokenizer([piece for own in rows for piece in own], add_special_tokens=False)["input_ids"])
@@ -189,7 +185,6 @@ class Asking:
     def _targets(self, rows: Sequence[Row], answer: Tensor) -> dict[str, Tensor]:
         return {
             "answer": answer,
-            "turns": torch.tensor([1 + len(row.earlier) for row in rows]),
             "about": torch.tensor([row.about for row in rows]),
             "right": torch.tensor([row.right for row in rows]),
             "caption": torch.tensor([row.is_caption for row in rows]),
@@ -202,10 +197,8 @@ def in_a_string(row: Row, structures: Sequence[Structure]) -> Row:
     """The row with what text says of its structures in their place."""
     if not row.read:
         return row
-    first, *others = (*row.earlier, row)
     strings = "; ".join(string_of(structures[place]) for place in row.read)
-    first = replace(first, question=f"{strings}: {first.question}", read=())
-    return replace(others[-1], read=(), earlier=(first, *others[:-1])) if others else first
+    return replace(row, question=f"{strings}: {row.question}", read=())
 
 
 def string_of(structure: Structure) -> str:

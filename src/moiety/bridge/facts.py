@@ -80,6 +80,7 @@ DECIDED = {  # what fact heads say of a structure, and from which answers: bonds
     **{f"group {name}": (YES, NO) for name in GROUPS},
     **CHOICES,
 }
+HANDED_FACTS = ("handedness",)  # have another answer in a mirror
 ABSTAIN = "<abstain>"  # what is answered where a question does not fit
 FITS = {  # domains of which a question makes sense; others may be asked anywhere
     **dict.fromkeys(("rings", "aromatic", "donors", "group", "gap", "dipole", "extent", "double_bond"), "molecule"),

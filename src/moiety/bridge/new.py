@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from moiety.adapters.adapter import quietly, require_export
-from moiety.bridge.facts import ABSTAIN, DECIDED, NUMBERS
+from moiety.bridge.facts import ABSTAIN, DECIDED, HANDED_FACTS, NUMBERS
 from moiety.bridge.language import language_dir
 from moiety.bridge.rows import number_token, special_tokens
 from moiety.errors import InputError
@@ -65,7 +65,8 @@ def new_bridge(
             name: {**scale, "token_id": tokenizer.convert_tokens_to_ids(number_token(name))}
             for name, scale in NUMBERS.items()
         },
-        facts={name: list(answers) for name, answers in DECIDED.items()},
+        handed_facts=list(HANDED_FACTS),
+        facts={name: {answer: said_by(answer, tokenizer) for answer in answers} for name, answers in DECIDED.items()},
     )
     model = MoietyForConditionalGeneration(config)
     if not random_tower:
@@ -77,7 +78,12 @@ def new_bridge(
             model.language_model.resize_token_embeddings(text.vocab_size)
     model.config.text_config = model.language_model.config
     extractor = MoietyFeatureExtractor(cutoff=structure.cutoff)
-    return model, MoietyBridgeProcessor(extractor, tokenizer, nodes_per_query=own.nodes_per_query)
+    return model, MoietyBridgeProcessor(extractor, tokenizer, own.nodes_per_query, len(DECIDED))
+
+
+def said_by(answer: str, tokenizer: Any) -> int:
+    """The token that an answer begins with."""
+    return tokenizer(answer, add_special_tokens=False)["input_ids"][0]
 
 
 def load_tokenizer(language: str | Path) -> Any:

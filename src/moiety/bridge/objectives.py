@@ -34,26 +34,19 @@ class OfRows(Objective):
         """[R], anything where it does not apply."""
         raise NotImplementedError
 
-    def counts(self, batch: Dialogue) -> Tensor:
-        """[R] for how many each stands."""
-        return self.applies(batch).to(batch.positions)
-
     def scored(self, batch: Any) -> Tensor:
-        return by_structure(self.counts(batch), batch)
+        return by_structure(self.applies(batch).to(batch.positions), batch)
 
     def loss_sum(self, output: Any, batch: Any) -> Tensor:
         losses_R = torch.where(self.applies(batch), self.row_losses(output, batch), 0.0).to(batch.positions.dtype)
-        return by_structure(losses_R * self.counts(batch), batch)
+        return by_structure(losses_R, batch)
 
 
 class Answering(OfRows):
-    """Negative log-likelihood (nats) of a token of the right answers, a mean over those of each conversation."""
+    """Negative log-likelihood (nats) of a token of the right answers, a mean over those of each row."""
 
     def applies(self, batch: Dialogue) -> Tensor:
         return (batch.targets["right"] < 0) & ~batch.targets["caption"]
-
-    def counts(self, batch: Dialogue) -> Tensor:
-        return super().counts(batch) * batch.targets["turns"]
 
     def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
         count_R = (batch.targets["answer"] != UNSCORED).sum(1).clamp(min=1)

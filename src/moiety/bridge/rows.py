@@ -29,8 +29,7 @@ from moiety.models.vocabulary_moiety import FIRST_RESIDUE
 PROSE = "prose"  # source of what stands for a text without a structure
 NAMED = "named"  # the entry of `Structure.groups` that says of which kind a structure's own text is: a name, or a
 DESCRIBED = "description"
-CAPTIONS, QUESTIONS, BOTH, WORDS = "captions", "questions", "both", "words"
-OF_COMPOSITION = ("elements", "heaviest", "contains", "count")  # facts that need not be told beside it
+CAPTIONS, QUESTIONS, WORDS, NOTHING = "captions", "questions", "words", "nothing"
 USUAL = (6, 7, 8)  # elements that one is taken for
 UNPAIRED = (1, 7, 9, 15, 17, 35, 53)  # with bonds of an odd number: there is an even number of such atoms
 PHRASES = 3  # in which what tells partners apart is said, of each structure
@@ -52,7 +51,6 @@ class Row:
         is_caption: stands beside the structure that it is about, unread, to be found by it.
         is_statement: a caption that says nothing but the fact that tells the structure from its partners.
         is_spoiled: a caption of which one thing is not true of the structure.
-        earlier: rows about the same structure that were asked and answered before, in the same conversation.
     """
 
     about: int
@@ -65,7 +63,6 @@ class Row:
     is_caption: bool = False
     is_statement: bool = False
     is_spoiled: bool = False
-    earlier: tuple[Row, ...] = ()
 
 
 class Writer:
@@ -75,28 +72,27 @@ class Writer:
         self,
         text: str,
         split: str = "train",
-        asked: int = 4,
-        geometric: float = 0.8,
-        numeric: float = 0.4,
+        asked: int = 2,
+        geometric: float = 0.5,
+        numeric: float = 0.2,
         worn: float = 0.3,
         unfitting: float = 0.08,
         described: float = 0.1,
-        captioned: float = 0.15,
         stated: float = 0.7,
         told: float = 0.9,
         comparing: float = 0.3,
     ) -> None:
         """
         Args:
-            text: captions | questions | both | words: both as plain text, beside which no structure stands.
+            text: captions | questions | words: questions in plain text, beside which no structure stands | nothing.
             split: whose sentences are used; combinations that are kept back are asked in others than "train" alone.
-            asked: facts that each structure is asked for.
+            asked: facts that each structure is asked for, in a row each: a few tokens of a structure among a hundred of
+                a conversation are hardly looked at.
             geometric: chance that a structure with a fact of class C is asked for that.
             numeric: chance that one with numbers is asked for one of them.
             worn: share of the questions that some words fall out of.
             unfitting: chance of a question that makes no sense of it.
-            described: share of the other micro-batches in which descriptions are asked for.
-            captioned: of both, the share of micro-batches with captions; half as many in words alone.
+            described: share of the micro-batches in which descriptions are asked for.
             comparing: chance that two conformers are compared, besides what is asked of each.
             told: chance that in words alone a description stands before a question, from which it can be answered.
             stated: share of the micro-batches of partners whose captions say nothing but what tells them apart.
@@ -104,11 +100,12 @@ class Writer:
         self.text, self.split, self.asked = text, split, asked
         self.geometric, self.numeric, self.worn = geometric, numeric, worn
         self.unfitting, self.described = unfitting, described
-        self.captioned = {CAPTIONS: 1.0, QUESTIONS: 0.0, BOTH: captioned, WORDS: captioned / 2}[text]
         self.stated, self.told, self.comparing = stated, told, comparing
 
     def __call__(self, structures: Sequence[Structure], rng: np.random.Generator) -> list[Row]:
-        in_captions = rng.random() < self.captioned
+        if self.text == NOTHING:
+            return [Row(0, "")]  # one at least, for a language model that runs everywhere
+        in_captions = self.text == CAPTIONS
         if in_captions and all("answer" in structure.groups for structure in structures) and rng.random() < self.stated:
             places = range(len(structures))
             return [statement_row(structures[place], place, rng) for place in places for _ in range(PHRASES)]
@@ -118,30 +115,29 @@ class Writer:
             rows += self._of_one(place, structure, in_captions, describing, rng)
         if not in_captions and not describing:
             rows += [row for row in compared(structures, self.split, rng) if rng.random() < self.comparing]
-        rows = conversations([self._worn(row, rng) if rng.random() < self.worn else row for row in rows])
+        rows = [self._worn(row, rng) if rng.random() < self.worn else row for row in rows]
         if self.text == WORDS:
-            return [self._in_words(row, structures, rng) for row in rows if not row.is_spoiled]
+            return [self._in_words(row, structures, rng) for row in rows]
         return rows
 
     def _in_words(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> Row:
         """The row as plain text; before what is asked a description that says it may stand in the structure's place."""
-        first, *others = (*row.earlier, replace(row, earlier=()))
-        asked = first.question
+        asked = row.question
         if row.fact is not None and rng.random() < self.told:
             asked = " ".join([*self._told(row, structures, rng), asked])
-        first = replace(first, question=asked, read=(), number=None, is_caption=False)
-        return replace(others[-1], read=(), number=None, earlier=(first, *others[:-1])) if others else first
+        return replace(row, question=asked, read=(), number=None)
 
     def _told(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> list[str]:
-        """What stands for structures: compositions, as beside a real one, and sentences that answer all questions."""
+        """What stands for structures: compositions, as beside a real one, and sentences that answer the question."""
         said = []
+        assert row.fact is not None
         for place in row.read:
             if len(row.read) > 1:
                 sentence = statement_row(structures[place], place, rng).answer
             else:
-                asked = [turn.fact for turn in (*row.earlier, row) if turn.fact and turn.fact.kind in "ABC"]
-                asked = [fact for fact in asked if fact.name not in OF_COMPOSITION or rng.random() < 0.5]
-                facts = asked or self._told_of(structures[place], rng)
+                facts = self._told_of(structures[place], rng)
+                if row.fact.kind in "BC" or (row.fact.kind == "A" and rng.random() < 0.5):
+                    facts = [row.fact, *(fact for fact in facts if fact.name != row.fact.name)]
                 sentence = in_a_sentence(phrases([facts[number] for number in rng.permutation(len(facts))], rng))
             said.append(f"({counted(structures[place])}) {sentence}")
         return said
@@ -204,18 +200,6 @@ class Writer:
         more = [fact for fact in (*others, *groups_of(structure)) if fact.kind != "C"]
         chosen = [more[index] for index in rng.permutation(len(more))[: rng.integers(most + 1)]]
         return [what, *chosen, *geometric]
-
-
-def conversations(rows: Sequence[Row]) -> list[Row]:
-    """Questions about one structure, one after the other: many short rows would be padding for the most part."""
-    found: list[Row] = []
-    for row in rows:
-        before = found[-1] if found else None
-        if before and before.read == row.read and all(one.fact and one.fact.kind in "ABCN" for one in (before, row)):
-            found[-1] = replace(row, earlier=(*before.earlier, replace(before, earlier=())))
-        else:
-            found.append(row)
-    return found
 
 
 def in_full(structure: Structure, rng: np.random.Generator) -> str:
@@ -305,10 +289,9 @@ def with_wrong_ones(rows: Sequence[Row], structures: Sequence[Structure]) -> lis
             partners.setdefault(structure.groups["pair"], []).append(place)
     wrong = []
     for number, row in enumerate(rows):
-        telling = [turn.answer for turn in (*row.earlier, row) if turn.fact and turn.fact.kind == "C"]
-        if telling:
+        if row.fact and row.fact.kind == "C":
             pair = partners[structures[row.about].groups["pair"]]
-            others = [place for place in pair if answers[place] not in (None, *telling)]
+            others = [place for place in pair if answers[place] not in (None, row.answer)]
             wrong += [replace(row, read=(other,), right=number) for other in others[:1]]
     return [*rows, *wrong]
 

@@ -23,7 +23,7 @@ from moiety.bridge.dialogue import Asking, See
 from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge
 from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Preference
-from moiety.bridge.rows import BOTH, CAPTIONS, QUESTIONS, WORDS, Writer
+from moiety.bridge.rows import CAPTIONS, NOTHING, QUESTIONS, WORDS, Writer
 from moiety.bridge.sources import Joined, Named, Prose, Single, Together
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
@@ -38,7 +38,7 @@ from moiety.training.loop import fit
 from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
 
-TEXTS = (CAPTIONS, QUESTIONS, BOTH, WORDS)
+TEXTS = (CAPTIONS, QUESTIONS, WORDS, NOTHING)
 LANGUAGE, LORA, STRING, DECIDING = "language", "lora", "string", "deciding"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
@@ -46,7 +46,6 @@ PARTS = {  # what a stage can train -> names of its parameters begin so
     "bridge": "bridge.",
     "space": "space.",
     "numbers": "number_head.",
-    "facts": "fact_head.",
     LANGUAGE: "language_model.",
 }
 LORA_TARGETS = r"language_model\..*\.(q|k|v|o)_proj"
@@ -94,7 +93,7 @@ class BridgeStageConfig:
     training: TrainingConfig
     trained: tuple[str, ...]  # of PARTS, and lora; nothing: the stage that calibrates
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
-    text: str = QUESTIONS  # captions | questions | both | words
+    text: str = QUESTIONS  # captions | questions | words | nothing
     start: str = ""
     tower: str = field(default_factory=lambda: str(moiety.weights()))
     language: str = ""  # directory of a causal language model, or smollm2; "" with `new_language`
@@ -143,7 +142,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
     if not config.start and LANGUAGE not in config.trained:
         standardise(model, mixture, asking)
     adapted = choose_trained(model, config)
-    model.text_alone = config.text == CAPTIONS
+    model.text_alone = config.text in (CAPTIONS, NOTHING)
     for line in told(adapted):
         run.progress.note(line)
     objectives = build_bridge_objectives(config.objectives, model.config.facts)

@@ -45,10 +45,11 @@ class MoietyBridgeConfig(PreTrainedConfig):
         structure_config: of the tower, a `MoietyModel`.
         text_config: of any causal language model.
         bridge_config: of the resampler.
-        structure_token_id: the placeholder; a structure has as many as `num_queries` says, and HANDED more.
+        structure_token_id: the placeholder; a structure has as many as `num_queries` says, HANDED, and one a fact.
         abstain_token_id: what is said where a question does not fit, -1 for nothing.
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
-        facts: name -> answers: what fact heads decide, without a word, while the bridge is trained.
+        facts: name -> {answer: token_id}: what fact heads decide of a structure, and the word that says it.
+        handed_facts: those of another answer in a mirror.
     """
 
     model_type = "moiety_bridge"
@@ -64,7 +65,8 @@ class MoietyBridgeConfig(PreTrainedConfig):
     structure_token_id: int = 0
     abstain_token_id: int = -1
     numbers: dict[str, Any] | None = None
-    facts: dict[str, list[str]] | None = None
+    facts: dict[str, dict[str, int]] | None = None
+    handed_facts: list[str] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -82,23 +82,6 @@ class NumberHead(nn.Module):
         return value, log_sigma.clamp(-6, 3)
 
 
-class FactHead(nn.Module):
-    """Logits [S,C] of the answers of all facts, from what the bridge reads of a structure, hand included.
-
-    A linear map learns what a structure says in a tenth of the time that a language model takes: it makes that what the
-    bridge says loudest.
-    """
-
-    def __init__(self, config: MoietyBridgeConfig):
-        super().__init__()
-        bridge, size = config.bridge_config, sum(map(len, (config.facts or {}).values()))
-        self.even = nn.Linear(bridge.hidden_size, size)
-        self.odd = nn.Linear(HANDED * bridge.num_pseudoscalars, size, bias=False)
-
-    def forward(self, structures: Structures) -> Tensor:
-        return self.even(structures.even) + self.odd(structures.odd)
-
-
 class SharedSpace(nn.Module):
     """Structures [S,D] with pseudoscalars [S,O], and texts [R,T,W], as vectors [S,E] and [R,E] of one space.
 
@@ -200,11 +183,13 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__(config)
         self.tower = MoietyModel(config.structure_config)
-        self.bridge = Bridge(config.structure_config, config.bridge_config, config.text_config.hidden_size)
+        answers = [len(said) for said in (config.facts or {}).values()]
+        handed = [name in (config.handed_facts or ()) for name in config.facts or ()]
+        width = config.text_config.hidden_size
+        self.bridge = Bridge(config.structure_config, config.bridge_config, answers, handed, width)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.space = SharedSpace(config)
         self.number_head = NumberHead(config) if config.numbers else None
-        self.fact_head = FactHead(config) if config.facts else None
         self.calibration = Calibration(config)
         self.post_init()
 
@@ -217,13 +202,17 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=1.0)
+            size = self.config.text_config.initializer_range if module is self._fact_keys() else 1.0
+            init.normal_(module.weight, std=size)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, Calibration | Invariants):
             module.reset()
         elif isinstance(module, SharedSpace):
             init.constant_(module.log_sharpness, math.log(SHARPNESS))
+
+    def _fact_keys(self) -> nn.Module | None:
+        return None if self.bridge.facts is None else self.bridge.facts.key
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -244,7 +233,9 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
         """What the bridge makes of node features of the tower."""
         units_BV = unit_counts(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
-        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV.sum(1))
+        said = [token for answers in (self.config.facts or {}).values() for token in answers.values()]
+        words_CW = self.get_input_embeddings()(torch.tensor(said, dtype=torch.long, device=num_queries.device))
+        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV.sum(1), words_CW)
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.
@@ -300,7 +291,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 structures["pbc"],
                 self.config.bridge_config.nodes_per_query,
             )
-        sizes_R = structures["num_queries"] + HANDED
+        sizes_R = structures["num_queries"] + HANDED + len(self.config.facts or {})
         longest = int(sizes_R.max())
         there_RT = torch.arange(longest, device=sizes_R.device) >= longest - sizes_R.unsqueeze(1)
         pad = self.config.text_config.pad_token_id or 0
@@ -387,8 +378,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         answer.structure_features = found.even
         if self.number_head is not None:
             answer.number_values, answer.number_log_sigmas = self.number_head(found.even)
-        if self.fact_head is not None:
-            answer.fact_logits = self.fact_head(found)
+        answer.fact_logits = found.fact_logits
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
