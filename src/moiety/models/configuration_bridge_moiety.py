@@ -71,12 +71,18 @@ class MoietyBridgeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.numbers, self.facts = in_order(self.numbers), in_order(self.facts)
         self.tie_word_embeddings |= self.text_config.tie_word_embeddings
 
     @property
     def cutoff(self) -> float:
         """Of the tower's neighbours, Å."""
         return self.structure_config.cutoff
+
+
+def in_order(found: Any) -> Any:
+    """Mappings in the order of their keys, as a saved configuration has them: heads count on it."""
+    return {key: in_order(found[key]) for key in sorted(found)} if isinstance(found, dict) else found
 
 
 def num_queries(num_nodes: int, nodes_per_query: int) -> int:
