@@ -7,7 +7,7 @@ All score rows of a `Dialogue` under the structures that the rows are about.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moiety.bridge.dialogue import UNSCORED, Dialogue
+from moiety.bridge.facts import CHOICES
 from moiety.objectives.base import Objective
 
 UNLIKELY = 1e4  # nats, for what takes no part in a softmax
@@ -98,11 +99,15 @@ class Numbers(Objective):
 
 
 class Deciding(Objective):
-    """Cross-entropy of the answers of fact heads, a mean over the facts that are known of a structure."""
+    """Cross-entropy of the answers of fact heads, a mean over the facts that are known of a structure.
 
-    def __init__(self, name: str, facts: Mapping[str, Sequence[str]], weight: float = 1.0):
+    The one that geometry alone decides counts `geometric` times: a molecule has a dozen others, which are easier.
+    """
+
+    def __init__(self, name: str, facts: Mapping[str, Mapping[str, int]], geometric: float = 8.0, weight: float = 1.0):
         self.name, self.weight = name, weight
         self.sizes = [len(answers) for answers in facts.values()]
+        self.shares = torch.tensor([geometric if fact in CHOICES else 1.0 for fact in facts])
 
     def scored(self, batch: Any) -> Tensor:
         return (batch.targets["facts"] != UNSCORED).any(1).to(batch.positions)
@@ -116,7 +121,8 @@ class Deciding(Objective):
             ],
             dim=1,
         )
-        return loss_SF.sum(1) / (target_SF != UNSCORED).sum(1).clamp(min=1)
+        share_SF = (target_SF != UNSCORED) * self.shares.to(loss_SF)
+        return (loss_SF * share_SF).sum(1) / share_SF.sum(1).clamp(min=1)
 
 
 class Contrast(OfRows):
