@@ -56,7 +56,7 @@ def stages(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def test_every_stage_trains_what_it_says(stages: dict[str, Path]) -> None:
     stages = {name: path for name, path in stages.items() if name != "language"}
     models = {name: load_bridge(path / "export")[0].state_dict() for name, path in stages.items()}
-    answering = ("bridge.", "number_head.")
+    answering = ("bridge.", "pointer.", "number_head.")
     parts: dict[str, Any] = {
         "align": ("tower.", *answering),
         "generate": (*answering, "language_model."),

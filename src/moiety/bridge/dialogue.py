@@ -105,8 +105,7 @@ class Asking:
         told = compositions(unit_counts(*nodes))
         order = [place for row in rows for place in row.read]
         pieces = [self._pieces(row) for row in rows]
-        sizes = self._processor.num_tokens(queries[order]).tolist()
-        first = with_placeholders([own[0] for own in pieces], sizes, [told[place] for place in order])
+        first = with_placeholders([own[0] for own in pieces], queries[order].tolist(), [told[place] for place in order])
         ids, there, answer = self._tokens([[start, *own[1:]] for start, own in zip(first, pieces, strict=True)])
         longest, kept = ids.shape[1], answer.shape[1]
         seen = set(order)

@@ -78,7 +78,7 @@ def new_bridge(
             model.language_model.resize_token_embeddings(text.vocab_size)
     model.config.text_config = model.language_model.config
     extractor = MoietyFeatureExtractor(cutoff=structure.cutoff)
-    return model, MoietyBridgeProcessor(extractor, tokenizer, own.nodes_per_query, len(DECIDED))
+    return model, MoietyBridgeProcessor(extractor, tokenizer, own.nodes_per_query)
 
 
 def said_by(answer: str, tokenizer: Any) -> int:

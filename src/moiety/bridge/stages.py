@@ -43,11 +43,11 @@ TEXTS = (CAPTIONS, QUESTIONS, WORDS, NOTHING)
 LANGUAGE, LORA, STRING, DECIDING = "language", "lora", "string", "deciding"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
-    "tower": "tower.",
-    "bridge": "bridge.",
-    "space": "space.",
-    "numbers": "number_head.",
-    LANGUAGE: "language_model.",
+    "tower": ("tower.",),
+    "bridge": ("bridge.", "pointer."),
+    "space": ("space.",),
+    "numbers": ("number_head.",),
+    LANGUAGE: ("language_model.",),
 }
 LORA_TARGETS = r"language_model\..*\.(q|k|v|o)_proj"
 CALIBRATED = 1000  # structures of a corpus that the calibration looks at, of those learned from and of held-out ones
@@ -215,7 +215,7 @@ def standardise(model: MoietyForConditionalGeneration, mixture: Mixture, asking:
 
 def choose_trained(model: MoietyForConditionalGeneration, config: BridgeStageConfig) -> nn.Module:
     """Leaves a gradient to what the stage trains; with LoRA the model comes back inside of peft's."""
-    prefixes = tuple(PARTS[name] for name in config.trained if name != LORA)
+    prefixes = tuple(prefix for name in config.trained if name != LORA for prefix in PARTS[name])
     adapted: Any = model
     if LORA in config.trained:
         settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=LORA_TARGETS)

@@ -142,6 +142,7 @@ class Words:
             input_ids=self.prompt_1T,
             attention_mask=torch.ones_like(self.prompt_1T),
             inputs_embeds=reading.embeds,
+            fact_shares=self.model.heard(reading),
             max_new_tokens=most,
             do_sample=False,
         )
@@ -189,7 +190,7 @@ class Words:
         """Log probability of an answer."""
         model, length = self.model, len(tokens)
         reading = model.placed(torch.cat([self.prompt_1T, tokens.unsqueeze(0)], dim=1), found)
-        logits = model.language_model(inputs_embeds=reading.embeds).logits
+        logits = model(inputs_embeds=reading.embeds, fact_shares=model.heard(reading)).logits
         logits_LV = logits[0, -length - 1 : -1].float() / model.calibration.temperature
         return logits_LV.log_softmax(-1).gather(1, tokens.unsqueeze(1)).sum()
 

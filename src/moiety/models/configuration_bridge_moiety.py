@@ -45,10 +45,10 @@ class MoietyBridgeConfig(PreTrainedConfig):
         structure_config: of the tower, a `MoietyModel`.
         text_config: of any causal language model.
         bridge_config: of the resampler.
-        structure_token_id: the placeholder; a structure has as many as `num_queries` says, HANDED, and one a fact.
+        structure_token_id: the placeholder; a structure has as many as `num_queries` says, and HANDED more.
         abstain_token_id: what is said where a question does not fit, -1 for nothing.
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
-        facts: name -> {answer: token_id}: what fact heads decide of a structure, and the word that says it.
+        facts: name -> {answer: token_id}: what heads decide of a structure, and the token that its answer begins with.
         handed_facts: those of another answer in a mirror.
     """
 

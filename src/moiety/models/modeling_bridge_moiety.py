@@ -28,6 +28,8 @@ STRUCTURE_INPUTS = (
 QUANTILES = 200  # of distances
 POOLS = 4  # weighted means over the tokens of a text
 FAR_BELOW = -1e4
+TINY = 1e-30
+RESERVED = 5.0  # a new pointer takes the language model's own words so much rather than any fact (log odds)
 SHARPNESS, MOST_SHARP = 10.0, 100.0  # of the match between texts and structures: at the start, at most
 
 
@@ -56,10 +58,14 @@ class MoietyBridgeOutput(ModelOutput):
 
 @dataclass
 class Reading:
-    """Structures in a text: `embeds` [R,T,W], and what the bridge makes of them."""
+    """Structures in a text: `embeds` [R,T,W], what the bridge makes of them, and `last` [R], which one stands last.
+
+    -1 where there is none.
+    """
 
     embeds: Tensor
     structures: Structures
+    last: Tensor
 
 
 class NumberHead(nn.Module):
@@ -80,6 +86,36 @@ class NumberHead(nn.Module):
     def forward(self, even_SD: Tensor) -> tuple[Tensor, Tensor]:
         value, log_sigma = self.map(even_SD).split(self.num_properties, dim=-1)
         return value, log_sigma.clamp(-6, 3)
+
+
+class Pointer(nn.Module):
+    """Lets the language model say what heads have decided: next words [R,T,V] of both, each as likely as it is chosen.
+
+    A pointer-generator (See et al., arXiv 1704.04368) that points at facts of the structure that stands last: from the
+    hidden state [R,T,W] it chooses one of them, or the language model's own words. Which fact a question is about is
+    soon learned; to see its answer in the tokens of a structure takes a small language model far longer.
+    """
+
+    def __init__(self, config: MoietyBridgeConfig):
+        super().__init__()
+        facts = (config.facts or {}).values()
+        self.tokens = [token for answers in facts for token in answers.values()]
+        self.answers = [len(answers) for answers in facts]
+        self.choose = nn.Linear(config.text_config.hidden_size, 1 + len(self.answers))
+
+    def shares(self, fact_logits_SC: Tensor, last_R: Tensor) -> Tensor:
+        """[R,C] how likely every answer is by the heads; 0 in rows without a structure."""
+        share_SC = torch.cat([own.softmax(1) for own in fact_logits_SC.split(self.answers, dim=1)], dim=1)
+        return share_SC[last_R.clamp(min=0)] * (last_R >= 0).unsqueeze(1)
+
+    def forward(self, logits_RTV: Tensor, hidden_RTW: Tensor, share_RC: Tensor) -> Tensor:
+        own_RT1, chosen_RTF = self.choose(hidden_RTW).softmax(-1).split([1, len(self.answers)], dim=-1)
+        owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=share_RC.device))
+        said_RTC = chosen_RTF[..., owner_C] * share_RC.unsqueeze(1)
+        tokens_C = torch.tensor(self.tokens, device=share_RC.device)
+        both_RTV = (own_RT1 * logits_RTV.float().softmax(-1)).index_add(-1, tokens_C, said_RTC.float())
+        there_R11 = (share_RC.sum(1) > 0)[:, None, None]
+        return torch.where(there_R11, both_RTV.clamp(min=TINY).log(), logits_RTV)
 
 
 class SharedSpace(nn.Module):
@@ -187,6 +223,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         handed = [name in (config.handed_facts or ()) for name in config.facts or ()]
         width = config.text_config.hidden_size
         self.bridge = Bridge(config.structure_config, config.bridge_config, answers, handed, width)
+        self.pointer = Pointer(config) if config.facts else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.space = SharedSpace(config)
         self.number_head = NumberHead(config) if config.numbers else None
@@ -202,17 +239,16 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            size = self.config.text_config.initializer_range if module is self._fact_keys() else 1.0
-            init.normal_(module.weight, std=size)
+            init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, Calibration | Invariants):
             module.reset()
+        elif isinstance(module, Pointer):
+            init.zeros_(module.choose.bias)
+            init.constant_(module.choose.bias[:1], RESERVED)
         elif isinstance(module, SharedSpace):
             init.constant_(module.log_sharpness, math.log(SHARPNESS))
-
-    def _fact_keys(self) -> nn.Module | None:
-        return None if self.bridge.facts is None else self.bridge.facts.key
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -233,9 +269,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
         """What the bridge makes of node features of the tower."""
         units_BV = unit_counts(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
-        said = [token for answers in (self.config.facts or {}).values() for token in answers.values()]
-        words_CW = self.get_input_embeddings()(torch.tensor(said, dtype=torch.long, device=num_queries.device))
-        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV.sum(1), words_CW)
+        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV.sum(1))
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.
@@ -263,10 +297,19 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         within_K = torch.arange(owner_K.shape[0], device=owner_K.device)
         within_K = within_K - torch.repeat_interleave(sizes_A.cumsum(0) - sizes_A, sizes_A)
         tokens_KW = found.tokens[(found.sizes.cumsum(0) - found.sizes)[owner_K] + within_K].to(text_RTW.dtype)
+        last_R = torch.full(input_ids.shape[:1], -1, device=input_ids.device)
+        last_R[here_RT.any(1)] = owner_K[here_RT.sum(1).cumsum(0)[here_RT.any(1)] - 1]
         unread = 0 * found.tokens.sum()  # every rank walks the same modules backwards
         if self.text_alone:
-            return Reading(text_RTW, replace(found, even=found.even + unread))
-        return Reading(text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + unread, found)
+            return Reading(text_RTW, replace(found, even=found.even + unread), last_R)
+        return Reading(text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + unread, found, last_R)
+
+    def heard(self, reading: Reading) -> Tensor | None:
+        """[R,C] what heads decide of the structure that stands last in each row, see `Pointer.shares`."""
+        if self.pointer is None:
+            return None
+        assert reading.structures.fact_logits is not None
+        return self.pointer.shares(reading.structures.fact_logits, reading.last)
 
     def _one_atom(self, device: torch.device) -> dict[str, Tensor]:
         """A structure for a text without one; it stands nowhere."""
@@ -291,7 +334,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 structures["pbc"],
                 self.config.bridge_config.nodes_per_query,
             )
-        sizes_R = structures["num_queries"] + HANDED + len(self.config.facts or {})
+        sizes_R = structures["num_queries"] + HANDED
         longest = int(sizes_R.max())
         there_RT = torch.arange(longest, device=sizes_R.device) >= longest - sizes_R.unsqueeze(1)
         pad = self.config.text_config.pad_token_id or 0
@@ -306,6 +349,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        fact_shares: Tensor | None = None,
         **kwargs: Any,
     ) -> MoietyBridgeOutput:
         """Logits of the next tokens, what the number heads say, and the embeddings of texts and structures.
@@ -319,6 +363,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds: [R,T,W] in place of input_ids, of text that was read before.
             labels: [R,T], -100 where nothing is learned.
             logits_to_keep: how many of the last positions need logits; 0 = all.
+            fact_shares: [R,C] what `heard` said of text that was read before.
             kwargs: STRUCTURE_INPUTS as the processor returns them; `structure_order` says which structure each run of
                 placeholders stands for, where that is not one after the other. The rest is for the language model.
         """
@@ -331,9 +376,10 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             assert input_ids is not None
             reading = None if goes_on else self.read(input_ids, structures)
             inputs_embeds = self.get_input_embeddings()(input_ids) if reading is None else reading.embeds
+            fact_shares = fact_shares if reading is None else self.heard(reading)
         if position_ids is None and past_key_values is None and attention_mask is not None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # of text that is padded on the left
-        inside = dict(kwargs) | {"output_hidden_states": reading is not None or kwargs.get("output_hidden_states")}
+        inside = dict(kwargs) | {"output_hidden_states": True}
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -342,12 +388,16 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **inside,
         )
+        logits = output.logits
+        if fact_shares is not None:
+            kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.pointer(logits, output.hidden_states[-1][:, kept].to(fact_shares), fact_shares)
         loss = None
         if labels is not None:
-            loss = self.loss_function(output.logits, labels, vocab_size=self.config.text_config.vocab_size)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size)
         answer = MoietyBridgeOutput(
             loss=loss,
-            logits=output.logits,
+            logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states if kwargs.get("output_hidden_states") else None,
             attentions=output.attentions,
@@ -386,7 +436,8 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", inputs)
         structures = {name: kwargs.pop(name) for name in STRUCTURE_INPUTS if kwargs.get(name) is not None}
         if structures:
-            kwargs["inputs_embeds"] = self.read(input_ids, structures).embeds
+            reading = self.read(input_ids, structures)
+            kwargs |= {"inputs_embeds": reading.embeds, "fact_shares": self.heard(reading)}
         return super().generate(input_ids=input_ids, **kwargs)  # type: ignore[misc]
 
     def ask(self, processor: Any, structures: Any, question: str, **settings: Any) -> Any:

@@ -25,12 +25,11 @@ class MoietyBridgeProcessor(ProcessorMixin):
     attributes = ["feature_extractor", "tokenizer"]
 
     def __init__(
-        self, feature_extractor: MoietyFeatureExtractor, tokenizer: Any, nodes_per_query: int = 4, num_facts: int = 0,
+        self, feature_extractor: MoietyFeatureExtractor, tokenizer: Any, nodes_per_query: int = 4,
         chat_template: str | None = None,
     ):  # fmt: skip
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.nodes_per_query = nodes_per_query
-        self.num_facts = num_facts
 
     def __call__(
         self, text: str | list[str] | None = None, structures: Any = None, residues: bool = False, **kwargs: Any
@@ -59,8 +58,7 @@ class MoietyBridgeProcessor(ProcessorMixin):
         if objects:
             nodes = inputs["node_type"], inputs["graph_index"], inputs["pbc"]
             inputs["num_queries"] = query_counts(*nodes, self.nodes_per_query)
-            tokens = self.num_tokens(inputs["num_queries"]).tolist()
-            prompts = with_placeholders(prompts, tokens, compositions(unit_counts(*nodes)))
+            prompts = with_placeholders(prompts, inputs["num_queries"].tolist(), compositions(unit_counts(*nodes)))
         kwargs = {"return_tensors": "pt", "padding": True, "padding_side": "left"} | kwargs
         return BatchFeature({**self.tokenizer(prompts, **kwargs), **inputs})
 
@@ -80,18 +78,14 @@ class MoietyBridgeProcessor(ProcessorMixin):
         text = self.tokenizer.apply_chat_template(plain, tokenize=False, **told)
         return self(text=text, structures=structures or None, add_special_tokens=False, **kwargs)
 
-    def num_tokens(self, num_queries: Any) -> Any:
-        """[B] placeholders of structures with so many queries [B]."""
-        return num_queries + HANDED + self.num_facts
-
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "num_queries"]
 
 
-def with_placeholders(prompts: list[str], tokens: list[int], compositions: list[str]) -> list[str]:
+def with_placeholders(prompts: list[str], queries: list[int], compositions: list[str]) -> list[str]:
     """Texts in which every PLACEHOLDER stands as often as the next structure has tokens, and then its composition."""
-    told = zip(tokens, compositions, strict=True)
+    told = zip(queries, compositions, strict=True)
     filled = []
     for prompt in prompts:
         first, *rest = prompt.split(PLACEHOLDER)
@@ -99,8 +93,8 @@ def with_placeholders(prompts: list[str], tokens: list[int], compositions: list[
     return filled
 
 
-def _in_text(tokens: int, composition: str) -> str:
-    return f"{PLACEHOLDER * tokens} ({composition})"
+def _in_text(queries: int, composition: str) -> str:
+    return f"{PLACEHOLDER * (queries + HANDED)} ({composition})"
 
 
 def compositions(units_BV: Any) -> list[str]:

@@ -146,30 +146,21 @@ class Whole(nn.Module):
 
 
 class FactHead(nn.Module):
-    """What is decided of a structure, hand included: logits [B,C] of the answers of all facts, and a token a fact.
+    """Logits [B,C] of the answers of all facts, one fact after the other.
 
-    A token says the answer in the language model's own words: their embeddings, as likely as each is, beside a vector
-    by which the fact is known. A linear map learns what a structure says in a tenth of the time that a language model
-    takes to read it, which then only has to say it.
+    A linear map learns what a structure says in a tenth of the time that a language model takes to read it.
     """
 
-    def __init__(self, config: BridgeConfig, answers: list[int], handed: list[bool], width: int):
+    def __init__(self, config: BridgeConfig, answers: list[int], handed: list[bool]):
         """`answers`: how many each fact has; `handed`: whether they change in a mirror."""
         super().__init__()
         self.answers, self.handed = answers, handed
         self.even = nn.Linear(config.hidden_size, sum(answers))
         self.odd = nn.Linear(HANDED * config.num_pseudoscalars, sum(answers), bias=False)
-        self.key = nn.Embedding(len(answers), width)
 
-    def forward(self, even_BD: Tensor, odd_BO: Tensor, words_CW: Tensor) -> tuple[Tensor, Tensor]:
-        owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=words_CW.device))
-        handed_C = torch.tensor(self.handed, device=words_CW.device)[owner_C]
-        logits_BC = self.even(even_BD) + self.odd(odd_BO) * handed_C
-        share_BC = torch.cat([logits_BA.softmax(1) for logits_BA in logits_BC.split(self.answers, dim=1)], dim=1)
-        said_BCW = share_BC.unsqueeze(-1) * words_CW.to(share_BC)
-        facts_F = torch.arange(len(self.answers), device=words_CW.device)
-        key_BFW = self.key(facts_F).expand(len(logits_BC), -1, -1)
-        return logits_BC, key_BFW.index_add(1, owner_C, said_BCW)
+    def forward(self, even_BD: Tensor, odd_BO: Tensor) -> Tensor:
+        owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=even_BD.device))
+        return self.even(even_BD) + self.odd(odd_BO) * torch.tensor(self.handed, device=even_BD.device)[owner_C]
 
 
 @dataclass
@@ -180,7 +171,7 @@ class Structures:
     sizes: Tensor  # [B] tokens of each
     even: Tensor  # [B,D] the mean of its queries, the same for its mirror image
     odd: Tensor  # [B,HANDED*P] what changes sign in a mirror
-    fact_logits: Tensor | None  # [B,C] of the answers of all facts, one fact after the other
+    fact_logits: Tensor | None  # [B,C] of the answers of facts
 
 
 class Bridge(nn.Module):
@@ -206,12 +197,10 @@ class Bridge(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size)
         self.out = nn.Linear(config.hidden_size, width)
         self.hand = Hand(config, width)
-        self.facts = FactHead(config, answers, handed, width) if answers else None
+        self.facts = FactHead(config, answers, handed) if answers else None
 
-    def forward(
-        self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_B: Tensor, words_CW: Tensor
-    ) -> Structures:
-        """`units_B`: nodes of the smallest unit, see `unit_counts`; `words_CW`: embeddings of the answers of facts."""
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_B: Tensor) -> Structures:
+        """`units_B`: nodes of the smallest unit, see `unit_counts`."""
         even_NF, odd_NP = self.invariants(features_NMC)
         nodes_BnD, there_Bn = padded(self.node_norm(self.even(even_NF)), graph_index, num_queries_B.shape[0])
         mean_BF = mean_over(even_NF, graph_index, num_queries_B.shape[0])
@@ -222,19 +211,15 @@ class Bridge(nn.Module):
         place_K = torch.arange(x_BKD.shape[1], device=x_BKD.device)
         share_BK = (place_K < asked_B.unsqueeze(-1)) / asked_B.unsqueeze(-1)
         hand_BKW, odd_BO = self.hand(nodes_BnD, odd_BnP, there_Bn)
+        is_read_B = num_queries_B > 0
+        kept_BK = torch.cat([place_K < num_queries_B.unsqueeze(-1), is_read_B.unsqueeze(-1).expand(-1, HANDED)], dim=1)
         even_BD = (x_BKD * share_BK.unsqueeze(-1)).sum(1)
-        logits_BC, always_BKW = None, hand_BKW
-        if self.facts is not None:
-            logits_BC, facts_BFW = self.facts(even_BD, odd_BO, words_CW)
-            always_BKW = torch.cat([hand_BKW, facts_BFW], dim=1)
-        is_read_B, always = num_queries_B > 0, always_BKW.shape[1]
-        kept_BK = torch.cat([place_K < num_queries_B.unsqueeze(-1), is_read_B.unsqueeze(-1).expand(-1, always)], dim=1)
         return Structures(
-            tokens=torch.cat([self.out(x_BKD), always_BKW], dim=1)[kept_BK],
-            sizes=num_queries_B + always * is_read_B,
+            tokens=torch.cat([self.out(x_BKD), hand_BKW], dim=1)[kept_BK],
+            sizes=num_queries_B + HANDED * is_read_B,
             even=even_BD,
             odd=odd_BO,
-            fact_logits=logits_BC,
+            fact_logits=None if self.facts is None else self.facts(even_BD, odd_BO),
         )
 
     def _queried(self, nodes_BnD: Tensor, there_Bn: Tensor, whole_BD: Tensor, most: int) -> Tensor:
