@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,27 @@ def test_mirror_images_differ_in_the_hand_alone(bridge: tuple[Any, Any]) -> None
     assert {name for name, moved in zip(names, changed, strict=True) if moved} == {"handedness"}
     torch.testing.assert_close(one.odd, -other.odd, rtol=1e-3, atol=1e-4)
     assert one.odd.abs().max() > 0.1
+
+
+def test_a_pointer_says_what_heads_decided_of_the_structure_that_stands_last(bridge: tuple[Any, Any]) -> None:
+    model, processor = copy.deepcopy(bridge[0]), bridge[1]
+    facts = list(model.config.facts)
+    place = facts.index("rings")
+    with torch.no_grad():
+        model.pointer.choose.bias[1 + place] = 50.0
+        inputs = processor(
+            text=[f"{PLACEHOLDER} and {PLACEHOLDER} say", "Say what you say"],
+            structures=[molecule("C6H6"), molecule("H2O")],
+        )
+        output = model(**inputs)
+        assert output.fact_logits is not None
+        share = output.fact_logits[1].split([len(answers) for answers in model.config.facts.values()])[place].softmax(0)
+        said = output.logits[0, -1].exp()[list(model.config.facts["rings"].values())]
+        torch.testing.assert_close(said, share, rtol=1e-3, atol=1e-4)
+        plain = processor(text=["Say what you say"])
+        torch.testing.assert_close(output.logits[1, -1], model.language_model(**plain).logits[0, -1])
+    words = model.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)[0, -2:]
+    assert words.tolist() == [model.config.facts["rings"][str(int(share.argmax()))]] * 2
 
 
 def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[Any, Any]) -> None:
