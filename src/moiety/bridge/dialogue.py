@@ -38,7 +38,8 @@ class Dialogue(Batch):
     "right" [R], the row that a wrong one is held against, -1 of right ones; "caption" [R], of rows that are matched,
     not said; "statement" [R], of captions of one fact alone; "spoiled" [R], of captions that are not true; "group" [B],
     the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known;
-    "facts" [B,F], the place of the answer to each fact, UNSCORED where none is known.
+    "facts" [B,F], the place of the answer to each fact, UNSCORED where none is known; "pointed" [R,L], 1 + the
+    place of the fact that a token of an answer says, 0 of other tokens, UNSCORED of what is no answer to a question.
     """
 
     input_ids: Tensor | None = None  # [R, T]
@@ -54,7 +55,7 @@ class Asking:
     def __init__(
         self, processor: MoietyBridgeProcessor, numbers: dict[str, Any], write: Write, contrast: bool = False,
         mirrored: bool = False, see: See | None = None, string: bool = False,
-        facts: Mapping[str, Sequence[str]] | None = None,
+        facts: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -181,10 +182,20 @@ class Asking:
                     places[place, names[name]] = list(self._facts[name]).index(answer)
         return places
 
+    def _pointed(self, rows: Sequence[Row], answer: Tensor) -> Tensor:
+        asked = torch.tensor([bool(row.fact and row.read) for row in rows]).unsqueeze(1)
+        pointed = torch.where(asked & (answer != UNSCORED), 0, UNSCORED)
+        for number, row in enumerate(rows):
+            name = " ".join([row.fact.name, *row.fact.about.values()]) if row.fact and row.read else ""
+            if (token := self._facts.get(name, {}).get(row.answer)) is not None:
+                pointed[number, (answer[number] == token).int().argmax()] = 1 + list(self._facts).index(name)
+        return pointed
+
     def _targets(self, rows: Sequence[Row], answer: Tensor) -> dict[str, Tensor]:
         return {
             "answer": answer,
             "about": torch.tensor([row.about for row in rows]),
+            "pointed": self._pointed(rows, answer),
             "right": torch.tensor([row.right for row in rows]),
             "caption": torch.tensor([row.is_caption for row in rows]),
             "statement": torch.tensor([row.is_statement for row in rows]),

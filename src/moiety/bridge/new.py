@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def new_bridge(
             for name, scale in NUMBERS.items()
         },
         handed_facts=list(HANDED_FACTS),
-        facts={name: {answer: said_by(answer, tokenizer) for answer in answers} for name, answers in DECIDED.items()},
+        facts={name: deciding_tokens(answers, tokenizer) for name, answers in DECIDED.items()},
     )
     model = MoietyForConditionalGeneration(config)
     if not random_tower:
@@ -81,9 +81,19 @@ def new_bridge(
     return model, MoietyBridgeProcessor(extractor, tokenizer, own.nodes_per_query)
 
 
-def said_by(answer: str, tokenizer: Any) -> int:
-    """The token that an answer begins with."""
-    return tokenizer(answer, add_special_tokens=False)["input_ids"][0]
+def deciding_tokens(answers: Sequence[str], tokenizer: Any) -> dict[str, int]:
+    """Of each answer to a question the first token in which all differ, in the words of the chat template.
+
+    Raises:
+        InputError: there is none.
+    """
+    chats = [[{"role": "user", "content": ""}, {"role": "assistant", "content": answer}] for answer in answers]
+    given = tokenizer.apply_chat_template(chats[0][:1], tokenize=False, add_generation_prompt=True)
+    said = [tokenizer.apply_chat_template(chat, tokenize=False)[len(given) :] for chat in chats]
+    for tokens in zip(*tokenizer(said, add_special_tokens=False)["input_ids"], strict=False):
+        if len(set(tokens)) == len(answers):
+            return dict(zip(answers, tokens, strict=True))
+    raise InputError(f"the tokenizer has no token that tells {', '.join(answers)} apart")
 
 
 def load_tokenizer(language: str | Path) -> Any:

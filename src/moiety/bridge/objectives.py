@@ -125,6 +125,18 @@ class Deciding(Objective):
         return (loss_SF * share_SF).sum(1) / share_SF.sum(1).clamp(min=1)
 
 
+class Pointing(OfRows):
+    """Cross-entropy of what a token of an answer is taken from: one of the facts, or the language model's own words."""
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return (batch.targets["pointed"] != UNSCORED).any(1) & (batch.targets["right"] < 0)
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        pointed_RL = batch.targets["pointed"]
+        count_R = (pointed_RL != UNSCORED).sum(1).clamp(min=1)
+        return -log_likelihood(output.fact_choices, pointed_RL) / count_R
+
+
 class Contrast(OfRows):
     """Cross-entropy between structures and the texts of a micro-batch, both ways (Radford et al., arXiv 2103.00020).
 
@@ -182,4 +194,4 @@ def log_likelihood(logits_RLV: Tensor, answer_RL: Tensor) -> Tensor:
     return -loss.reshape(answer_RL.shape).sum(1)
 
 
-__all__ = ["Answering", "Contrast", "Matching", "Numbers", "OfRows", "Preference", "log_likelihood"]
+__all__ = ["Answering", "Contrast", "Matching", "Numbers", "OfRows", "Pointing", "Preference", "log_likelihood"]

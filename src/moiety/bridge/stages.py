@@ -23,7 +23,7 @@ from moiety.bridge.calibrate import calibrate
 from moiety.bridge.dialogue import Asking, See
 from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge
-from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Preference
+from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference
 from moiety.bridge.rows import CAPTIONS, NOTHING, QUESTIONS, WORDS, Writer
 from moiety.bridge.sources import Joined, Named, Prose, Single, Together
 from moiety.data.shards import Corpus
@@ -40,7 +40,7 @@ from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
 
 TEXTS = (CAPTIONS, QUESTIONS, WORDS, NOTHING)
-LANGUAGE, LORA, STRING, DECIDING = "language", "lora", "string", "deciding"
+LANGUAGE, LORA, STRING, DECIDING, POINTING = "language", "lora", "string", "deciding", "pointing"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
     "tower": ("tower.",),
@@ -135,7 +135,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
         mirrored=True,
         see=SEEN[config.sees],
         string=config.sees == STRING,
-        facts=model.config.facts if DECIDING in config.objectives else None,
+        facts=model.config.facts,
     )
     if not config.trained:
         return calibrated(run, config, model, processor, asking)
@@ -280,6 +280,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "preference": Preference,
     "numbers": Numbers,
     DECIDING: Deciding,
+    POINTING: Pointing,
     "contrast": Contrast,
     "matching": Matching,
 }

@@ -48,7 +48,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
         structure_token_id: the placeholder; a structure has as many as `num_queries` says, and HANDED more.
         abstain_token_id: what is said where a question does not fit, -1 for nothing.
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
-        facts: name -> {answer: token_id}: what heads decide of a structure, and the token that its answer begins with.
+        facts: name -> {answer: token_id}: what heads decide of a structure, and the token that tells the answers apart.
         handed_facts: those of another answer in a mirror.
     """
 

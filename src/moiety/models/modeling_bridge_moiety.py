@@ -29,7 +29,6 @@ QUANTILES = 200  # of distances
 POOLS = 4  # weighted means over the tokens of a text
 FAR_BELOW = -1e4
 TINY = 1e-30
-RESERVED = 5.0  # a new pointer takes the language model's own words so much rather than any fact (log odds)
 SHARPNESS, MOST_SHARP = 10.0, 100.0  # of the match between texts and structures: at the start, at most
 
 
@@ -39,8 +38,8 @@ class MoietyBridgeOutput(ModelOutput):
 
     `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [S,P] in units of their
     spread; `structure_embeds` [S,E] and `text_embeds` [R,E], whose products are log odds of belonging together;
-    `fact_logits` [S,C] of the answers of all facts, one fact after the other; `structure_features` [S,D], invariants of
-    each structure.
+    `fact_logits` [S,C] of the answers of all facts, one fact after the other; `fact_choices` [R,T,1+F], logits of the
+    language model's own words and of every fact; `structure_features` [S,D], invariants of each structure.
     """
 
     loss: Tensor | None = None
@@ -51,6 +50,7 @@ class MoietyBridgeOutput(ModelOutput):
     number_values: Tensor | None = None
     number_log_sigmas: Tensor | None = None
     fact_logits: Tensor | None = None
+    fact_choices: Tensor | None = None
     structure_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     structure_features: Tensor | None = None
@@ -108,8 +108,9 @@ class Pointer(nn.Module):
         share_SC = torch.cat([own.softmax(1) for own in fact_logits_SC.split(self.answers, dim=1)], dim=1)
         return share_SC[last_R.clamp(min=0)] * (last_R >= 0).unsqueeze(1)
 
-    def forward(self, logits_RTV: Tensor, hidden_RTW: Tensor, share_RC: Tensor) -> Tensor:
-        own_RT1, chosen_RTF = self.choose(hidden_RTW).softmax(-1).split([1, len(self.answers)], dim=-1)
+    def forward(self, logits_RTV: Tensor, choice_RTF: Tensor, share_RC: Tensor) -> Tensor:
+        """`choice_RTF`: logits of `choose`, own words first."""
+        own_RT1, chosen_RTF = choice_RTF.softmax(-1).split([1, len(self.answers)], dim=-1)
         owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=share_RC.device))
         said_RTC = chosen_RTF[..., owner_C] * share_RC.unsqueeze(1)
         tokens_C = torch.tensor(self.tokens, device=share_RC.device)
@@ -244,9 +245,6 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.ones_(module.weight)
         elif isinstance(module, Calibration | Invariants):
             module.reset()
-        elif isinstance(module, Pointer):
-            init.zeros_(module.choose.bias)
-            init.constant_(module.choose.bias[:1], RESERVED)
         elif isinstance(module, SharedSpace):
             init.constant_(module.log_sharpness, math.log(SHARPNESS))
 
@@ -388,10 +386,11 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **inside,
         )
-        logits = output.logits
+        logits, choices = output.logits, None
         if fact_shares is not None:
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.pointer(logits, output.hidden_states[-1][:, kept].to(fact_shares), fact_shares)
+            choices = self.pointer.choose(output.hidden_states[-1][:, kept].to(fact_shares))
+            logits = self.pointer(logits, choices, fact_shares)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size)
@@ -401,6 +400,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states if kwargs.get("output_hidden_states") else None,
             attentions=output.attentions,
+            fact_choices=choices,
         )
         if reading is not None:
             assert input_ids is not None
