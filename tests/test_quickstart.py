@@ -96,9 +96,14 @@ def test_the_quickstart_names_only_files_and_commands_that_exist():
     script = (ROOT / "launch/quickstart.sh").read_text()
     for path in re.findall(r"\b(?:pretrain|finetune|docs|launch)/[\w./]+\.\w+", script):
         assert (ROOT / path).exists(), path
-    commands = set(re.findall(r"step moiety (\w+)", script))
-    assert commands == {"data", "predict", "report"}
-    for config in ("pretrain/configs/quickstart.yaml", "finetune/configs/qm9_dipole.yaml"):
+    commands = set(re.findall(r"(?:step |=\()moiety (\w+)", script))
+    assert commands == {"data", "predict", "report", "ask"}
+    configs = (
+        "pretrain/configs/quickstart.yaml",
+        "finetune/configs/qm9_dipole.yaml",
+        "finetune/configs/bridge_quickstart.yaml",
+    )
+    for config in configs:
         assert config in script
     recipes = re.search(r"for corpus in ([\w ]+);", script)
     assert recipes and all((ROOT / f"data_recipes/{name}.yaml").exists() for name in recipes[1].split())

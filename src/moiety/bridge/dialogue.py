@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moiety.bridge.facts import counted, decided_of, is_kept_back, numbers_of
+from moiety.bridge.facts import counted, decided_of, full_name, is_kept_back, numbers_of
 from moiety.bridge.rows import Row, with_wrong_ones
 from moiety.data.leak.proteins import sequence
 from moiety.data.structure import Structure
@@ -186,7 +186,7 @@ class Asking:
         asked = torch.tensor([bool(row.fact and row.read) for row in rows]).unsqueeze(1)
         pointed = torch.where(asked & (answer != UNSCORED), 0, UNSCORED)
         for number, row in enumerate(rows):
-            name = " ".join([row.fact.name, *row.fact.about.values()]) if row.fact and row.read else ""
+            name = full_name(row.fact) if row.fact and row.read else ""
             if (token := self._facts.get(name, {}).get(row.answer)) is not None:
                 pointed[number, (answer[number] == token).int().argmax()] = 1 + list(self._facts).index(name)
         return pointed

@@ -73,13 +73,6 @@ NUMBERS = {  # what number heads say: their scale, by which they are learned, is
     "gap": {"mean": 6.8, "std": 1.3, "unit": "eV"},
     "dipole": {"mean": 2.7, "std": 1.5, "unit": "D"},
 }
-DECIDED = {  # what fact heads say of a structure, and from which answers: bonds and geometry; the composition is told
-    "rings": tuple(map(str, range(7))),
-    "donors": tuple(map(str, range(6))),
-    "aromatic": (YES, NO),
-    **{f"group {name}": (YES, NO) for name in GROUPS},
-    **CHOICES,
-}
 HANDED_FACTS = ("handedness",)  # have another answer in a mirror
 ABSTAIN = "<abstain>"  # what is answered where a question does not fit
 FITS = {  # domains of which a question makes sense; others may be asked anywhere
@@ -88,6 +81,16 @@ FITS = {  # domains of which a question makes sense; others may be asked anywher
     "coordination": "crystal",
     "contact": "complex",
     "fold": "protein",
+}
+DECIDED = {  # what heads decide of a structure, and from which answers
+    "elements": tuple(map(str, range(1, 8))),
+    **{f"contains {ELEMENT_NAMES[number - 1]}": (YES, NO) for number in ASKED_ELEMENTS},
+    **{f"count {ELEMENT_NAMES[number - 1]}": tuple(map(str, range(1, 10))) for number in ASKED_ELEMENTS},
+    "rings": (*map(str, range(7)), ABSTAIN),
+    "donors": (*map(str, range(6)), ABSTAIN),
+    "aromatic": (YES, NO, ABSTAIN),
+    **{f"group {name}": (YES, NO, ABSTAIN) for name in GROUPS},
+    **{name: (*choices, ABSTAIN) for name, choices in CHOICES.items()},
 }
 KEPT_BACK = 0.1  # of the combinations of a question and of elements: they are asked in tests alone
 
@@ -110,12 +113,20 @@ def numbers_of(structure: Structure) -> Iterator[Fact]:
 
 
 def decided_of(structure: Structure) -> Iterator[tuple[str, str]]:
-    """Names in DECIDED that apply to it, with the answers; not those that are kept back."""
+    """Names in DECIDED, with the answers that are known; not those that are kept back."""
     rng = np.random.default_rng(0)
-    asked = [fact for fact in facts_of(structure, rng) if fact.kind in "BC" and fact.name != "group"]
-    for fact in (*asked, *_every_group(structure)):
+    asked = [fact for fact in facts_of(structure, rng) if fact.name in DECIDED]
+    for fact in (*asked, *_every_element(structure), *_every_group(structure)):
         if not is_kept_back(fact, structure):
-            yield " ".join([fact.name, *fact.about.values()]), fact.answer
+            yield full_name(fact), fact.answer
+    for name, answers in DECIDED.items():
+        if ABSTAIN in answers and FITS[name.partition(" ")[0]] != structure.domain:
+            yield name, ABSTAIN
+
+
+def full_name(fact: Fact) -> str:
+    """With the element or group that it is about."""
+    return " ".join([fact.name, *fact.about.values()])
 
 
 def _of_composition(structure: Structure, rng: np.random.Generator) -> Iterator[Fact]:
@@ -147,6 +158,19 @@ def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
     asked = held if held and (rng.random() < 0.5 or not others) else others
     name = asked[rng.integers(len(asked))]
     yield Fact("group", "B", YES if name in held else NO, {"group": name}, (YES, NO))
+
+
+def _every_element(structure: Structure) -> list[Fact]:
+    """Whether it has each of those that are asked for, and how many atoms of them."""
+    found = []
+    if structure.node_type.max() < FIRST_RESIDUE:
+        counts = np.bincount(structure.node_type, minlength=max(ASKED_ELEMENTS) + 1)
+        for number in ASKED_ELEMENTS:
+            about = {"element": element(number)}
+            found.append(Fact("contains", "A", YES if counts[number] else NO, about, (YES, NO)))
+            if counts[number] and structure.domain == "molecule":
+                found.append(Fact("count", "A", str(counts[number]), about))
+    return found
 
 
 def groups_of(structure: Structure) -> list[Fact]:
