@@ -13,6 +13,7 @@ from moiety.bridge.dialogue import UNSCORED, Asking, in_mirror, string_of
 from moiety.bridge.facts import (
     ABSTAIN,
     CHOICES,
+    DECIDED,
     FITS,
     NUMBERS,
     can_be_denied,
@@ -255,7 +256,7 @@ def test_fact_heads_learn_what_is_true_and_not_kept_back(bridge: tuple[Any, Any]
     target = batch.targets["facts"]
     known = 0
     for place, structure in enumerate(structures):
-        told = {fact.name: fact for fact in facts_of(structure, np.random.default_rng(0)) if fact.name in facts}
+        told = {fact.name: fact for fact in facts_of(structure, np.random.default_rng(0)) if fact.name in DECIDED}
         for name, fact in told.items():
             answer = target[place, list(facts).index(name)]
             assert (answer == UNSCORED) == is_kept_back(fact, structure)

@@ -184,6 +184,27 @@ def test_a_pointer_says_what_heads_decided_of_the_structure_that_stands_last(bri
     assert words.tolist() == [model.config.facts["rings"][str(int(share.argmax()))]] * 2
 
 
+@pytest.mark.parametrize(
+    ("atoms", "known"),
+    [
+        (
+            molecule("CH3CH2OH"),
+            {"elements": "3", "count hydrogen": "6", "contains carbon": "yes", "contains sulfur": "no"},
+        ),
+        (bulk("ZnS", "zincblende", 5.4) * (2, 1, 1), {"elements": "2", "contains sulfur": "yes", "count sulfur": "1"}),
+    ],
+)
+def test_what_is_known_of_the_composition_is_counted(
+    bridge: tuple[Any, Any], atoms: Any, known: dict[str, str]
+) -> None:
+    model, processor = bridge
+    found = model(**processor(text=[PLACEHOLDER], structures=[atoms])).fact_logits[0]
+    parts = found.split([len(answers) for answers in model.config.facts.values()])
+    for (name, answers), logits in zip(model.config.facts.items(), parts, strict=True):
+        if name in known:
+            assert list(answers)[int(logits.argmax())] == known[name] and logits.softmax(0).max() > 0.999
+
+
 def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[Any, Any]) -> None:
     model, processor = bridge
     inputs = processor(text=["What is a molecule?"])

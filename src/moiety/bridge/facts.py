@@ -82,10 +82,12 @@ FITS = {  # domains of which a question makes sense; others may be asked anywher
     "contact": "complex",
     "fold": "protein",
 }
-DECIDED = {  # what heads decide of a structure, and from which answers
-    "elements": tuple(map(str, range(1, 8))),
-    **{f"contains {ELEMENT_NAMES[number - 1]}": (YES, NO) for number in ASKED_ELEMENTS},
-    **{f"count {ELEMENT_NAMES[number - 1]}": tuple(map(str, range(1, 10))) for number in ASKED_ELEMENTS},
+COUNTED = {  # what is counted of a structure: answer -> atomic number (0: of any element), least and most
+    "elements": {str(count): (0, count, count) for count in range(1, 8)},
+    **{f"contains {ELEMENT_NAMES[n - 1]}": {YES: (n, 1, 10**9), NO: (n, 0, 0)} for n in ASKED_ELEMENTS},
+    **{f"count {ELEMENT_NAMES[n - 1]}": {str(c): (n, c, c) for c in range(1, 10)} for n in ASKED_ELEMENTS},
+}
+DECIDED = {  # what heads learn to decide of it, and from which answers
     "rings": (*map(str, range(7)), ABSTAIN),
     "donors": (*map(str, range(6)), ABSTAIN),
     "aromatic": (YES, NO, ABSTAIN),
@@ -116,7 +118,7 @@ def decided_of(structure: Structure) -> Iterator[tuple[str, str]]:
     """Names in DECIDED, with the answers that are known; not those that are kept back."""
     rng = np.random.default_rng(0)
     asked = [fact for fact in facts_of(structure, rng) if fact.name in DECIDED]
-    for fact in (*asked, *_every_element(structure), *_every_group(structure)):
+    for fact in (*asked, *_every_group(structure)):
         if not is_kept_back(fact, structure):
             yield full_name(fact), fact.answer
     for name, answers in DECIDED.items():
@@ -158,19 +160,6 @@ def _of_bonds(graph: Chem.Mol, rng: np.random.Generator) -> Iterator[Fact]:
     asked = held if held and (rng.random() < 0.5 or not others) else others
     name = asked[rng.integers(len(asked))]
     yield Fact("group", "B", YES if name in held else NO, {"group": name}, (YES, NO))
-
-
-def _every_element(structure: Structure) -> list[Fact]:
-    """Whether it has each of those that are asked for, and how many atoms of them."""
-    found = []
-    if structure.node_type.max() < FIRST_RESIDUE:
-        counts = np.bincount(structure.node_type, minlength=max(ASKED_ELEMENTS) + 1)
-        for number in ASKED_ELEMENTS:
-            about = {"element": element(number)}
-            found.append(Fact("contains", "A", YES if counts[number] else NO, about, (YES, NO)))
-            if counts[number] and structure.domain == "molecule":
-                found.append(Fact("count", "A", str(counts[number]), about))
-    return found
 
 
 def groups_of(structure: Structure) -> list[Fact]:

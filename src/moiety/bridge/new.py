@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from moiety.adapters.adapter import quietly, require_export
-from moiety.bridge.facts import ABSTAIN, DECIDED, HANDED_FACTS, NUMBERS
+from moiety.bridge.facts import ABSTAIN, COUNTED, DECIDED, HANDED_FACTS, NUMBERS
 from moiety.bridge.language import language_dir
 from moiety.bridge.rows import number_token, special_tokens
 from moiety.errors import InputError
@@ -66,7 +66,8 @@ def new_bridge(
             for name, scale in NUMBERS.items()
         },
         handed_facts=list(HANDED_FACTS),
-        facts={name: deciding_tokens(answers, tokenizer) for name, answers in DECIDED.items()},
+        facts={name: deciding_tokens(list(answers), tokenizer) for name, answers in (COUNTED | DECIDED).items()},
+        counted_facts={name: {answer: list(of) for answer, of in answers.items()} for name, answers in COUNTED.items()},
     )
     model = MoietyForConditionalGeneration(config)
     if not random_tower:

@@ -104,7 +104,7 @@ class Deciding(Objective):
     The one that geometry alone decides counts `geometric` times: a molecule has a dozen others, which are easier.
     """
 
-    def __init__(self, name: str, facts: Mapping[str, Mapping[str, int]], geometric: float = 16.0, weight: float = 1.0):
+    def __init__(self, name: str, facts: Mapping[str, Mapping[str, int]], geometric: float = 12.0, weight: float = 1.0):
         self.name, self.weight = name, weight
         self.sizes = [len(answers) for answers in facts.values()]
         self.shares = torch.tensor([geometric if fact in CHOICES else 1.0 for fact in facts])

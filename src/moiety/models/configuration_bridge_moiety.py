@@ -50,6 +50,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
         facts: name -> {answer: token_id}: what heads decide of a structure, and the token that tells the answers apart.
         handed_facts: those of another answer in a mirror.
+        counted_facts: name -> {answer: (atomic number, least, most)} of facts that are counted; 0 counts the elements.
     """
 
     model_type = "moiety_bridge"
@@ -67,6 +68,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
     numbers: dict[str, Any] | None = None
     facts: dict[str, dict[str, int]] | None = None
     handed_facts: list[str] | None = None
+    counted_facts: dict[str, dict[str, list[int]]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

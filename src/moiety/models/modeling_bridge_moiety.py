@@ -220,10 +220,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__(config)
         self.tower = MoietyModel(config.structure_config)
-        answers = [len(said) for said in (config.facts or {}).values()]
-        handed = [name in (config.handed_facts or ()) for name in config.facts or ()]
-        width = config.text_config.hidden_size
-        self.bridge = Bridge(config.structure_config, config.bridge_config, answers, handed, width)
+        self.bridge = Bridge(config)
         self.pointer = Pointer(config) if config.facts else None
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.space = SharedSpace(config)
@@ -267,7 +264,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def bridged(self, features_NMC: Tensor, num_queries: Tensor, structures: dict[str, Tensor]) -> Structures:
         """What the bridge makes of node features of the tower."""
         units_BV = unit_counts(*(structures[name] for name in ("node_type", "graph_index", "pbc")))
-        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV.sum(1))
+        return self.bridge(features_NMC, structures["graph_index"], num_queries, units_BV)
 
     def read(self, input_ids: Tensor, structures: dict[str, Tensor]) -> Reading:
         """The text [R,T] with what the bridge makes of its structures in the place of their tokens.

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_bridge_moiety import BUCKETS, HANDED, BridgeConfig, num_queries
+from .configuration_bridge_moiety import BUCKETS, HANDED, BridgeConfig, MoietyBridgeConfig, num_queries
 from .configuration_moiety import MoietyConfig
+from .vocabulary_moiety import FIRST_RESIDUE
 
 TINY = 1e-6
 LEAST_SPREAD = 1e-3  # of an invariant over structures
 TYPICAL, LARGE = 16.0, 64.0  # nodes of a unit over which sums are of unit size; that are counted at most
+CERTAIN = 30.0  # log odds of what is counted
 FAINT = 0.03  # root mean square of pseudoscalars far below which a structure has no hand
 
 
@@ -148,19 +150,31 @@ class Whole(nn.Module):
 class FactHead(nn.Module):
     """Logits [B,C] of the answers of all facts, one fact after the other.
 
-    A linear map learns what a structure says in a tenth of the time that a language model takes to read it.
+    A linear map learns what a structure says in a tenth of the time that a language model takes to read it. What is
+    known of the composition is counted, not learned.
     """
 
-    def __init__(self, config: BridgeConfig, answers: list[int], handed: list[bool]):
-        """`answers`: how many each fact has; `handed`: whether they change in a mirror."""
+    def __init__(self, config: MoietyBridgeConfig):
         super().__init__()
-        self.answers, self.handed = answers, handed
-        self.even = nn.Linear(config.hidden_size, sum(answers))
-        self.odd = nn.Linear(HANDED * config.num_pseudoscalars, sum(answers), bias=False)
+        facts = (config.facts or {}).items()
+        columns = [(name, answer) for name, answers in facts for answer in answers]
+        counted = config.counted_facts or {}
+        self.handed = [name in (config.handed_facts or ()) for name, _ in columns]
+        self.is_counted = [name in counted for name, _ in columns]
+        self.ranges = [counted.get(name, {}).get(answer, (0, 0, 0)) for name, answer in columns]
+        self.even = nn.Linear(config.bridge_config.hidden_size, len(columns))
+        self.odd = nn.Linear(HANDED * config.bridge_config.num_pseudoscalars, len(columns), bias=False)
 
-    def forward(self, even_BD: Tensor, odd_BO: Tensor) -> Tensor:
-        owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=even_BD.device))
-        return self.even(even_BD) + self.odd(odd_BO) * torch.tensor(self.handed, device=even_BD.device)[owner_C]
+    def forward(self, even_BD: Tensor, odd_BO: Tensor, units_BV: Tensor) -> Tensor:
+        """`units_BV`: see `unit_counts`."""
+        here = {"device": even_BD.device}
+        learned_BC = self.even(even_BD) + self.odd(odd_BO) * torch.tensor(self.handed, **here)
+        atoms_BE = F.pad(units_BV, (0, max(0, FIRST_RESIDUE - units_BV.shape[1])))[:, :FIRST_RESIDUE].clone()
+        atoms_BE[:, 0] = (atoms_BE[:, 1:] > 0).sum(1)
+        number_C, least_C, most_C = torch.tensor(self.ranges, **here).unbind(1)
+        asked_BC = atoms_BE[:, number_C]
+        counted_BC = torch.where((asked_BC >= least_C) & (asked_BC <= most_C), 0.0, -CERTAIN)
+        return torch.where(torch.tensor(self.is_counted, **here), counted_BC, learned_BC)
 
 
 @dataclass
@@ -177,12 +191,10 @@ class Structures:
 class Bridge(nn.Module):
     """Node features [N,M,C] -> tokens of the language model. A structure of 0 queries has no tokens, but a summary."""
 
-    def __init__(
-        self, structure: MoietyConfig, config: BridgeConfig, answers: list[int], handed: list[bool], width: int
-    ):
-        """`width`: of the language model; the rest is that of `FactHead`."""
+    def __init__(self, whole: MoietyBridgeConfig):
         super().__init__()
-        self.invariants = Invariants(structure, config)
+        config, width = whole.bridge_config, whole.text_config.hidden_size
+        self.invariants = Invariants(whole.structure_config, config)
         self.even = nn.Linear(self.invariants.size, config.hidden_size)
         self.whole = Whole(self.invariants.size, config)
         self.node_norm = nn.RMSNorm(config.hidden_size)
@@ -197,14 +209,14 @@ class Bridge(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size)
         self.out = nn.Linear(config.hidden_size, width)
         self.hand = Hand(config, width)
-        self.facts = FactHead(config, answers, handed) if answers else None
+        self.facts = FactHead(whole) if whole.facts else None
 
-    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_B: Tensor) -> Structures:
-        """`units_B`: nodes of the smallest unit, see `unit_counts`."""
+    def forward(self, features_NMC: Tensor, graph_index: Tensor, num_queries_B: Tensor, units_BV: Tensor) -> Structures:
+        """`units_BV`: see `unit_counts`."""
         even_NF, odd_NP = self.invariants(features_NMC)
         nodes_BnD, there_Bn = padded(self.node_norm(self.even(even_NF)), graph_index, num_queries_B.shape[0])
         mean_BF = mean_over(even_NF, graph_index, num_queries_B.shape[0])
-        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_B)
+        whole_BD = self.whole(mean_BF, nodes_BnD, there_Bn, units_BV.sum(1))
         odd_BnP, _ = padded(odd_NP, graph_index, num_queries_B.shape[0])
         asked_B = num_queries_B.clamp(min=BUCKETS[0])
         x_BKD = self.norm(self._queried(nodes_BnD, there_Bn, whole_BD, int(asked_B.max())))
@@ -219,7 +231,7 @@ class Bridge(nn.Module):
             sizes=num_queries_B + HANDED * is_read_B,
             even=even_BD,
             odd=odd_BO,
-            fact_logits=None if self.facts is None else self.facts(even_BD, odd_BO),
+            fact_logits=None if self.facts is None else self.facts(even_BD, odd_BO, units_BV),
         )
 
     def _queried(self, nodes_BnD: Tensor, there_Bn: Tensor, whole_BD: Tensor, most: int) -> Tensor:
