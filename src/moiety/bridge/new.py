@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from moiety.models.modeling_bridge_moiety import MoietyForConditionalGeneration
 from moiety.models.modeling_moiety import MoietyModel
 from moiety.models.processing_bridge_moiety import PLACEHOLDER, MoietyBridgeProcessor
 
+SEEING = ("tower.", "bridge.", "number_head.")
+SPEAKING = re.compile(r"bridge\.(hand\.)?out\.")  # is as wide as the language model
 TOKENIZER = Path(__file__).parents[3] / "tokenizers/text"
 
 
@@ -80,6 +83,23 @@ def new_bridge(
     model.config.text_config = model.language_model.config
     extractor = MoietyFeatureExtractor(cutoff=structure.cutoff)
     return model, MoietyBridgeProcessor(extractor, tokenizer, own.nodes_per_query)
+
+
+def take_over(model: MoietyForConditionalGeneration, other: MoietyForConditionalGeneration) -> None:
+    """What another bridge sees of structures, and decides: everything but what speaks to its language model.
+
+    Raises:
+        InputError: the two do not see or decide the same.
+    """
+    own, told = model.state_dict(), [{name: list(of) for name, of in m.config.facts.items()} for m in (model, other)]
+    taken = {
+        name: value
+        for name, value in other.state_dict().items()
+        if name.startswith(SEEING) and not SPEAKING.match(name)
+    }
+    if told[0] != told[1] or any(name not in own or own[name].shape != value.shape for name, value in taken.items()):
+        raise InputError("start: another tower, bridge or facts; give tower and bridge as that stage had them")
+    model.load_state_dict(taken, strict=False)
 
 
 def deciding_tokens(answers: Sequence[str], tokenizer: Any) -> dict[str, int]:

@@ -22,7 +22,7 @@ from moiety.adapters.adapter import quietly
 from moiety.bridge.calibrate import calibrate
 from moiety.bridge.dialogue import Asking, See
 from moiety.bridge.export import load_bridge, save_bridge
-from moiety.bridge.new import new_bridge
+from moiety.bridge.new import new_bridge, take_over
 from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference
 from moiety.bridge.rows import CAPTIONS, NOTHING, QUESTIONS, WORDS, Writer
 from moiety.bridge.sources import Joined, Named, Prose, Single, Together
@@ -88,7 +88,10 @@ class BridgeDataConfig:
 
 @dataclass(frozen=True)
 class BridgeStageConfig:
-    """`start` is the export of the stage before; without it the bridge is new, between `tower` and `language`."""
+    """`start` is the export of the stage before; without it the bridge is new, between `tower` and `language`.
+
+    With both `start` and a language model the bridge is new to that model alone, and keeps what it sees of structures.
+    """
 
     data: BridgeDataConfig
     training: TrainingConfig
@@ -116,7 +119,7 @@ class BridgeStageConfig:
             raise unknown_key(self.sees, SEEN, "sees")
         if self.text not in TEXTS:
             raise unknown_key(self.text, TEXTS, "text")
-        if not self.start and bool(self.language) == bool(self.new_language):
+        if (self.language and self.new_language) or not (self.start or self.language or self.new_language):
             raise InputError("give start, or one of language (a directory) and new_language (numbers of a LlamaConfig)")
 
 
@@ -193,10 +196,13 @@ def some_of(source: BridgeSourceConfig, split: str, seed: int) -> list[Structure
 
 
 def starting_bridge(config: BridgeStageConfig) -> tuple[MoietyForConditionalGeneration, MoietyBridgeProcessor]:
-    """The export of the stage before, or a new bridge."""
-    if config.start:
+    """The export of the stage before, that with another language model, or a new bridge."""
+    if config.start and not (config.language or config.new_language):
         return load_bridge(config.start)
-    return new_bridge(config.tower, config.language, config.new_language, config.bridge, config.random_tower)
+    new = new_bridge(config.tower, config.language, config.new_language, config.bridge, config.random_tower)
+    if config.start:
+        take_over(new[0], load_bridge(config.start)[0])
+    return new
 
 
 @torch.no_grad()
