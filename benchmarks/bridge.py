@@ -49,16 +49,16 @@ class Arm:
     stages: tuple[str, ...] = ANSWERING
 
 
-UNTAUGHT = "{answering: {}, numbers: {}, deciding: {weight: 0.3}}"
+UNTAUGHT = dict.fromkeys(  # who sees nothing has nothing to point at
+    ("generate", "instruct"), ("objectives={answering: {}, numbers: {}, deciding: {weight: 0.3}}",)
+)
 ARMS = {
     "bridge": Arm("the bridge", stages=STAGES),
-    "blind": Arm("blind, retrained", ("sees=nothing",), stages=ANSWERING[1:]),
+    "blind": Arm("blind, retrained", ("sees=nothing",), UNTAUGHT, ANSWERING[1:]),
     "composition": Arm("composition only, retrained", ("sees=composition",)),
     "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[1:]),
-    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, space, numbers]")}),
-    "untaught": Arm(
-        "not taught to point", of_stage=dict.fromkeys(("generate", "instruct"), (f"objectives={UNTAUGHT}",))
-    ),
+    "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, numbers]")}),
+    "untaught": Arm("not taught to point", of_stage=UNTAUGHT),
     "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),
 }
 HEADLINE = ("bridge", "blind", "composition", "string")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import pdist
 
 from moiety.bridge.dialogue import UNSCORED, Asking, in_mirror, string_of
 from moiety.bridge.facts import (
@@ -43,7 +44,7 @@ from moiety.bridge.rows import (
     with_wrong_ones,
 )
 from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
-from moiety.bridge.stages import BridgeDataConfig, BridgeSourceConfig, blinded, composition_only, open_mixture
+from moiety.bridge.stages import APART, BridgeDataConfig, BridgeSourceConfig, blinded, composition_only, open_mixture
 from moiety.data.shards import Corpus
 from moiety.data.structure import Structure
 from moiety.data.texts import TextCorpus
@@ -338,6 +339,8 @@ def test_controls_see_what_they_should(isomers: list[Structure]) -> None:
     np.testing.assert_array_equal(composition_only(one).positions, composition_only(two).positions)
     np.testing.assert_array_equal(composition_only(one).node_type, composition_only(two).node_type)
     assert blinded(one).num_nodes == 1 and string_of(one) == string_of(two)
+    long = composition_only(Structure(np.ones(500, dtype=np.int64), np.zeros((500, 3))))
+    assert pdist(long.positions).min() == APART and np.ptp(long.positions, axis=0).max() < 1000
 
 
 # sources

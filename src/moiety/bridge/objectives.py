@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moiety.bridge.dialogue import UNSCORED, Dialogue
-from moiety.bridge.facts import CHOICES
+from moiety.bridge.facts import ABSTAIN, CHOICES
 from moiety.objectives.base import Objective
 
 UNLIKELY = 1e4  # nats, for what takes no part in a softmax
@@ -101,13 +101,26 @@ class Numbers(Objective):
 class Deciding(Objective):
     """Cross-entropy of the answers of fact heads, a mean over the facts that are known of a structure.
 
-    The one that geometry alone decides counts `geometric` times: a molecule has a dozen others, which are easier.
+    The one that geometry alone decides counts `geometric` times: a molecule has a dozen others, which are easier. That
+    a fact does not fit a structure counts `unfitting`, about as seldom as it is asked in vain: who cannot see what a
+    structure is then takes it for one that the question fits.
     """
 
-    def __init__(self, name: str, facts: Mapping[str, Mapping[str, int]], geometric: float = 12.0, weight: float = 1.0):
+    def __init__(
+        self,
+        name: str,
+        facts: Mapping[str, Mapping[str, int]],
+        geometric: float = 12.0,
+        unfitting: float = 0.1,
+        weight: float = 1.0,
+    ):
         self.name, self.weight = name, weight
         self.sizes = [len(answers) for answers in facts.values()]
         self.shares = torch.tensor([geometric if fact in CHOICES else 1.0 for fact in facts])
+        self.unfit = torch.tensor(
+            [[*answers].index(ABSTAIN) if ABSTAIN in answers else -1 for answers in facts.values()]
+        )
+        self.unfitting = unfitting
 
     def scored(self, batch: Any) -> Tensor:
         return (batch.targets["facts"] != UNSCORED).any(1).to(batch.positions)
@@ -121,8 +134,9 @@ class Deciding(Objective):
             ],
             dim=1,
         )
-        share_SF = (target_SF != UNSCORED) * self.shares.to(loss_SF)
-        return (loss_SF * share_SF).sum(1) / share_SF.sum(1).clamp(min=1)
+        is_unfit_SF = target_SF == self.unfit.to(target_SF)
+        share_SF = torch.where(is_unfit_SF, self.unfitting, self.shares.to(loss_SF)) * (target_SF != UNSCORED)
+        return (loss_SF * share_SF).sum(1) / share_SF.sum(1).clamp(min=self.unfitting)
 
 
 class Pointing(OfRows):

@@ -7,6 +7,7 @@ matching of structures and captions; calibration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -298,10 +299,10 @@ def blinded(structure: Structure) -> Structure:
 
 
 def composition_only(structure: Structure) -> Structure:
-    """The same nodes in the order of their types, out of each other's reach on a line."""
+    """The same nodes in the order of their types, out of each other's reach on a grid."""
     kinds = np.sort(structure.node_type)
-    places = np.zeros((len(kinds), 3))
-    places[:, 0] = APART * np.arange(len(kinds))
+    side = math.ceil(len(kinds) ** (1 / 3))
+    places = APART * np.stack(np.unravel_index(np.arange(len(kinds)), (side, side, side)), axis=1)
     return replace(structure, node_type=kinds, positions=places, cell=None, pbc=None, node_vectors=None, role=None)
 
 
