@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from moiety.bridge.dialogue import Asking, in_mirror
 from moiety.bridge.evaluate import is_right, set_exam
+from moiety.bridge.facts import ABSTAIN
+from moiety.bridge.objectives import log_likelihood
 from moiety.bridge.reading import answers, dialogue_of, readings
 from moiety.bridge.retrieval import composition, fits, formula_in, structure_vectors, text_vectors
 from moiety.bridge.rows import Row, Writer, asking, in_full, unfit_row
@@ -26,8 +29,8 @@ from moiety.models.asking_moiety import Words
 
 TURNED = 200  # structures whose answers are compared
 STRANGERS = 300  # structures of each kind
+HEAVIEST = 104  # elements up to lawrencium
 EXPLODED, JITTER = 2.0, 1.0  # factor, and Å
-UNSEEN = (57, 64, 71, 92)  # lanthanides and uranium
 DELETED = 0.2  # share of the nodes
 EXPLAINED = 100
 PIECES = 200
@@ -120,7 +123,8 @@ def strangers(model: Any, asker: Asking, structures: Sequence[Structure]) -> dic
     known = [structures[place] for place in rng.permutation(len(structures))[:STRANGERS]]
     usual = scores(model, known)
     found = {}
-    for name, change in (("exploded", exploded), ("unseen elements", with_unseen), ("shuffled types", shuffled_types)):
+    unseen = partial(with_unseen, elements=np.flatnonzero(model.calibration.seen.numpy()[:HEAVIEST] == 0)[1:])
+    for name, change in (("exploded", exploded), ("unseen elements", unseen), ("shuffled types", shuffled_types)):
         other = scores(model, [change(one, rng) for one in known if one.domain != "protein"])
         found[name] = float(roc_auc_score(np.r_[np.zeros(len(usual)), np.ones(len(other))], np.r_[usual, other]))
     writer = Writer("questions")
@@ -152,10 +156,10 @@ def exploded(structure: Structure, rng: np.random.Generator) -> Structure:
     )
 
 
-def with_unseen(structure: Structure, rng: np.random.Generator) -> Structure:
-    """One node becomes a lanthanide, or uranium."""
+def with_unseen(structure: Structure, rng: np.random.Generator, elements: np.ndarray) -> Structure:
+    """One node becomes one of these elements."""
     types = structure.node_type.copy()
-    types[rng.integers(len(types))] = rng.choice(UNSEEN)
+    types[rng.integers(len(types))] = rng.choice(elements)
     return replace(structure, node_type=types)
 
 
@@ -166,14 +170,12 @@ def shuffled_types(structure: Structure, rng: np.random.Generator) -> Structure:
 
 @torch.no_grad()
 def abstention(model: Any, asker: Asking, structures: Sequence[Structure], rows: Sequence[Row]) -> np.ndarray:
-    """Probability that the answer begins with the token of abstention."""
+    """Probability of the answer that the question does not fit."""
     found = []
+    declined = [replace(row, answer=ABSTAIN, number=None) for row in rows]
     for start in range(0, len(rows), 64):
-        batch = dialogue_of(rows[start : start + 64], structures, asker, model.config.cutoff)
-        logits = model(**batch.inputs()).logits.log_softmax(-1)
-        first = (batch.targets["answer"] >= 0).float().argmax(1)
-        own = logits[torch.arange(len(first)), first]
-        found.append(own[:, model.config.abstain_token_id].exp().numpy())
+        batch = dialogue_of(declined[start : start + 64], structures, asker, model.config.cutoff)
+        found.append(log_likelihood(model(**batch.inputs()).logits, batch.targets["answer"]).exp().numpy())
     return np.concatenate(found)
 
 

@@ -103,13 +103,8 @@ class Pointer(nn.Module):
         self.answers = [len(answers) for answers in facts]
         self.choose = nn.Linear(config.text_config.hidden_size, 1 + len(self.answers))
 
-    def shares(self, fact_logits_SC: Tensor, last_R: Tensor) -> Tensor:
-        """[R,C] how likely every answer is by the heads; 0 in rows without a structure."""
-        share_SC = torch.cat([own.softmax(1) for own in fact_logits_SC.split(self.answers, dim=1)], dim=1)
-        return share_SC[last_R.clamp(min=0)] * (last_R >= 0).unsqueeze(1)
-
     def forward(self, logits_RTV: Tensor, choice_RTF: Tensor, share_RC: Tensor) -> Tensor:
-        """`choice_RTF`: logits of `choose`, own words first."""
+        """`choice_RTF`: logits of `choose`, own words first; `share_RC`: how likely answers are, see `heard`."""
         own_RT1, chosen_RTF = choice_RTF.softmax(-1).split([1, len(self.answers)], dim=-1)
         owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=share_RC.device))
         said_RTC = chosen_RTF[..., owner_C] * share_RC.unsqueeze(1)
@@ -120,11 +115,11 @@ class Pointer(nn.Module):
 
 
 class SharedSpace(nn.Module):
-    """Structures [S,D] with pseudoscalars [S,O], and texts [R,T,W], as vectors [S,E] and [R,E] of one space.
+    """Structures [S,D] with pseudoscalars [S,O] and facts [S,C], and texts [R,T,W], as vectors of one space.
 
-    Those of structures have length 1, those of texts the sharpness of the match (CLIP's temperature: Radford et al.,
-    arXiv 2103.00020). A text is a weighted mean over its tokens, POOLS times: two that differ in one word do not look
-    alike.
+    Those of structures [S,E] have length 1, those of texts [R,E] the sharpness of the match (CLIP's temperature:
+    Radford et al., arXiv 2103.00020). A text is a weighted mean over its tokens, POOLS times: two that differ in one
+    word do not look alike.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
@@ -132,6 +127,8 @@ class SharedSpace(nn.Module):
         bridge = config.bridge_config
         self.even = nn.Linear(bridge.hidden_size, bridge.embedding_size)
         self.odd = nn.Linear(HANDED * bridge.num_pseudoscalars, bridge.embedding_size, bias=False)
+        answers = sum(map(len, (config.facts or {}).values()))
+        self.facts = nn.Linear(answers, bridge.embedding_size, bias=False) if answers else None
         self.text_norm = nn.RMSNorm(config.text_config.hidden_size)
         self.text_in = nn.Linear(config.text_config.hidden_size, bridge.hidden_size)
         self.weigh = nn.Linear(bridge.hidden_size, POOLS)
@@ -142,7 +139,10 @@ class SharedSpace(nn.Module):
     def forward(
         self, structures: Structures, text_RTW: Tensor, ids_RT: Tensor, words_RT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        structure_SE = functional.normalize(self.even(structures.even) + self.odd(structures.odd), dim=-1)
+        structure_SE = self.even(structures.even) + self.odd(structures.odd)
+        if self.facts is not None:
+            structure_SE = structure_SE + self.facts(structures.fact_shares)
+        structure_SE = functional.normalize(structure_SE, dim=-1)
         text_RTD = self.text_in(self.text_norm(text_RTW))
         share_RTH = self.weigh(text_RTD).masked_fill(~words_RT.unsqueeze(-1), FAR_BELOW).softmax(dim=1)
         bag_RE = (self.word(ids_RT) * words_RT.unsqueeze(-1)).sum(1) / words_RT.sum(1, keepdim=True).sqrt()
@@ -300,11 +300,9 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return Reading(text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + unread, found, last_R)
 
     def heard(self, reading: Reading) -> Tensor | None:
-        """[R,C] what heads decide of the structure that stands last in each row, see `Pointer.shares`."""
-        if self.pointer is None:
-            return None
-        assert reading.structures.fact_logits is not None
-        return self.pointer.shares(reading.structures.fact_logits, reading.last)
+        """[R,C] how likely answers are by the heads, of the structure that stands last in each row; 0 without one."""
+        share_SC = reading.structures.fact_shares
+        return None if share_SC is None else share_SC[reading.last.clamp(min=0)] * (reading.last >= 0).unsqueeze(1)
 
     def _one_atom(self, device: torch.device) -> dict[str, Tensor]:
         """A structure for a text without one; it stands nowhere."""

@@ -148,7 +148,7 @@ class Whole(nn.Module):
 
 
 class FactHead(nn.Module):
-    """Logits [B,C] of the answers of all facts, one fact after the other.
+    """Logits [B,C] of the answers of all facts, one fact after the other, and how likely [B,C] that makes them.
 
     A linear map learns what a structure says in a tenth of the time that a language model takes to read it. What is
     known of the composition is counted, not learned.
@@ -157,6 +157,7 @@ class FactHead(nn.Module):
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__()
         facts = (config.facts or {}).items()
+        self.answers = [len(answers) for _, answers in facts]
         columns = [(name, answer) for name, answers in facts for answer in answers]
         counted = config.counted_facts or {}
         self.handed = [name in (config.handed_facts or ()) for name, _ in columns]
@@ -165,7 +166,7 @@ class FactHead(nn.Module):
         self.even = nn.Linear(config.bridge_config.hidden_size, len(columns))
         self.odd = nn.Linear(HANDED * config.bridge_config.num_pseudoscalars, len(columns), bias=False)
 
-    def forward(self, even_BD: Tensor, odd_BO: Tensor, units_BV: Tensor) -> Tensor:
+    def forward(self, even_BD: Tensor, odd_BO: Tensor, units_BV: Tensor) -> tuple[Tensor, Tensor]:
         """`units_BV`: see `unit_counts`."""
         here = {"device": even_BD.device}
         learned_BC = self.even(even_BD) + self.odd(odd_BO) * torch.tensor(self.handed, **here)
@@ -174,7 +175,8 @@ class FactHead(nn.Module):
         number_C, least_C, most_C = torch.tensor(self.ranges, **here).unbind(1)
         asked_BC = atoms_BE[:, number_C]
         counted_BC = torch.where((asked_BC >= least_C) & (asked_BC <= most_C), 0.0, -CERTAIN)
-        return torch.where(torch.tensor(self.is_counted, **here), counted_BC, learned_BC)
+        logits_BC = torch.where(torch.tensor(self.is_counted, **here), counted_BC, learned_BC)
+        return logits_BC, torch.cat([own.softmax(1) for own in logits_BC.split(self.answers, dim=1)], dim=1)
 
 
 @dataclass
@@ -186,6 +188,7 @@ class Structures:
     even: Tensor  # [B,D] the mean of its queries, the same for its mirror image
     odd: Tensor  # [B,HANDED*P] what changes sign in a mirror
     fact_logits: Tensor | None  # [B,C] of the answers of facts
+    fact_shares: Tensor | None  # [B,C] how likely they are
 
 
 class Bridge(nn.Module):
@@ -226,12 +229,14 @@ class Bridge(nn.Module):
         is_read_B = num_queries_B > 0
         kept_BK = torch.cat([place_K < num_queries_B.unsqueeze(-1), is_read_B.unsqueeze(-1).expand(-1, HANDED)], dim=1)
         even_BD = (x_BKD * share_BK.unsqueeze(-1)).sum(1)
+        logits_BC, share_BC = (None, None) if self.facts is None else self.facts(even_BD, odd_BO, units_BV)
         return Structures(
             tokens=torch.cat([self.out(x_BKD), hand_BKW], dim=1)[kept_BK],
             sizes=num_queries_B + HANDED * is_read_B,
             even=even_BD,
             odd=odd_BO,
-            fact_logits=None if self.facts is None else self.facts(even_BD, odd_BO, units_BV),
+            fact_logits=logits_BC,
+            fact_shares=share_BC,
         )
 
     def _queried(self, nodes_BnD: Tensor, there_Bn: Tensor, whole_BD: Tensor, most: int) -> Tensor:
