@@ -123,7 +123,7 @@ def strangers(model: Any, asker: Asking, structures: Sequence[Structure]) -> dic
     known = [structures[place] for place in rng.permutation(len(structures))[:STRANGERS]]
     usual = scores(model, known)
     found = {}
-    unseen = partial(with_unseen, elements=np.flatnonzero(model.calibration.seen.numpy()[:HEAVIEST] == 0)[1:])
+    unseen = partial(with_unseen, elements=1 + np.flatnonzero(model.calibration.seen.numpy()[1:HEAVIEST] == 0))
     for name, change in (("exploded", exploded), ("unseen elements", unseen), ("shuffled types", shuffled_types)):
         other = scores(model, [change(one, rng) for one in known if one.domain != "protein"])
         found[name] = float(roc_auc_score(np.r_[np.zeros(len(usual)), np.ones(len(other))], np.r_[usual, other]))
