@@ -1,5 +1,5 @@
 """The last stage trains nothing: how sure answers and numbers are, and what is known, by structures held out."""
-# Shapes: S structures, D channels, R rows, L tokens of an answer.
+# Shapes: S structures, F invariants, R rows, L tokens of an answer.
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def calibrate(
 
 
 def set_known(calibration: Any, model: Any, known: Sequence[Structure], held_out: Sequence[Structure]) -> None:
-    """Centre and spread of the summaries of what was learned from, and how far from there held-out ones lie."""
-    features_SD = stacked(model, known)
-    calibration.center.copy_(features_SD.mean(0))
-    covariance = torch.cov(features_SD.T.double())
+    """Centre and spread of the mean invariants of what was learned from, and how far from there held-out ones lie."""
+    features_SF = stacked(model, known)
+    calibration.center.copy_(features_SF.mean(0))
+    covariance = torch.cov(features_SF.T.double())
     size = covariance.shape[0]
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * covariance.diagonal().mean() * torch.eye(size).double()
     values, vectors = torch.linalg.eigh(covariance)
@@ -70,7 +70,7 @@ def set_known(calibration: Any, model: Any, known: Sequence[Structure], held_out
 
 
 def stacked(model: Any, structures: Sequence[Structure]) -> Tensor:
-    """[S,D] summaries."""
+    """[S,F] mean invariants."""
     places, found = zip(*readings(model, structures), strict=True)
     return torch.cat([output.structure_features for output in found])[np.argsort(np.concatenate(places))]
 

@@ -39,7 +39,7 @@ class MoietyBridgeOutput(ModelOutput):
     `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [S,P] in units of their
     spread; `structure_embeds` [S,E] and `text_embeds` [R,E], whose products are log odds of belonging together;
     `fact_logits` [S,C] of the answers of all facts, one fact after the other; `fact_choices` [R,T,1+F], logits of the
-    language model's own words and of every fact; `structure_features` [S,D], invariants of each structure.
+    language model's own words and of every fact; `structure_features` [S,F], means of invariants.
     """
 
     loss: Tensor | None = None
@@ -156,7 +156,8 @@ class Calibration(nn.Module):
     Attributes:
         temperature: [1] by which logits of answers are divided.
         sigma_scale: [P] by which the sigmas of numbers are multiplied.
-        center, whiten: [D] and [D,D], of the summaries of the structures that were learned from.
+        center, whiten: [F] and [F,F], of the mean invariants of the structures that were learned from. What the bridge
+            makes of them is less strange where structures are: it is made to answer questions.
         distance: [Q] ascending quantiles of the distances from there of structures that were held out.
         seen: [vocabulary] 1 for types of nodes that were learned from; all 1 until it was measured.
     """
@@ -170,7 +171,7 @@ class Calibration(nn.Module):
 
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__()
-        size = config.bridge_config.hidden_size
+        size = (1 + config.structure_config.lmax) * config.structure_config.hidden_size
         for name, shape in (
             ("temperature", (1,)), ("sigma_scale", (len(config.numbers or {}),)), ("center", (size,)),
             ("whiten", (size, size)), ("distance", (QUANTILES,)), ("seen", (config.structure_config.vocab_size,)),
@@ -186,13 +187,13 @@ class Calibration(nn.Module):
         init.copy_(self.whiten, torch.eye(self.whiten.shape[0]))
         init.constant_(self.distance, math.inf)
 
-    def distance_of(self, even_SD: Tensor) -> Tensor:
-        """[S] Mahalanobis distance of summaries from those that were learned from, per channel."""
-        return ((even_SD - self.center) @ self.whiten).square().mean(-1).sqrt()
+    def distance_of(self, mean_SF: Tensor) -> Tensor:
+        """[S] Mahalanobis distance of mean invariants from those that were learned from, per channel."""
+        return ((mean_SF - self.center) @ self.whiten).square().mean(-1).sqrt()
 
     def strangeness(self, structures: Structures, node_type: Tensor, graph_index: Tensor) -> Tensor:
         """[S] share of held-out structures that stand nearer to what was learned from; 1 of an unseen type of node."""
-        nearer_S = torch.searchsorted(self.distance, self.distance_of(structures.even)) / QUANTILES
+        nearer_S = torch.searchsorted(self.distance, self.distance_of(structures.mean)) / QUANTILES
         unseen_S = torch.zeros_like(nearer_S).index_add(0, graph_index, 1 - self.seen[node_type])
         return torch.where(unseen_S > 0, 1.0, nearer_S)
 
@@ -420,7 +421,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         answer.structure_embeds, answer.text_embeds = self.space(
             found, hidden[len(hidden) // 2].to(dtype), ids_RT, words_RT
         )
-        answer.structure_features = found.even
+        answer.structure_features = found.mean
         if self.number_head is not None:
             answer.number_values, answer.number_log_sigmas = self.number_head(found.even)
         answer.fact_logits = found.fact_logits

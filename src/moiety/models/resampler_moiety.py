@@ -185,6 +185,7 @@ class Structures:
 
     tokens: Tensor
     sizes: Tensor  # [B] tokens of each
+    mean: Tensor  # [B,F] of the even invariants of its nodes, the same for its mirror image
     even: Tensor  # [B,D] the mean of its queries, the same for its mirror image
     odd: Tensor  # [B,HANDED*P] what changes sign in a mirror
     fact_logits: Tensor | None  # [B,C] of the answers of facts
@@ -233,6 +234,7 @@ class Bridge(nn.Module):
         return Structures(
             tokens=torch.cat([self.out(x_BKD), hand_BKW], dim=1)[kept_BK],
             sizes=num_queries_B + HANDED * is_read_B,
+            mean=mean_BF,
             even=even_BD,
             odd=odd_BO,
             fact_logits=logits_BC,
