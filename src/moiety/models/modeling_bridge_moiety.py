@@ -383,7 +383,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **inside,
         )
         logits, choices = output.logits, None
-        if fact_shares is not None:
+        if fact_shares is not None and self.pointer is not None:
             kept = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
             choices = self.pointer.choose(output.hidden_states[-1][:, kept].to(fact_shares))
             logits = self.pointer(logits, choices, fact_shares)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +169,7 @@ class FactHead(nn.Module):
 
     def forward(self, even_BD: Tensor, odd_BO: Tensor, units_BV: Tensor) -> tuple[Tensor, Tensor]:
         """`units_BV`: see `unit_counts`."""
-        here = {"device": even_BD.device}
+        here: dict[str, Any] = {"device": even_BD.device}
         learned_BC = self.even(even_BD) + self.odd(odd_BO) * torch.tensor(self.handed, **here)
         atoms_BE = F.pad(units_BV, (0, max(0, FIRST_RESIDUE - units_BV.shape[1])))[:, :FIRST_RESIDUE].clone()
         atoms_BE[:, 0] = (atoms_BE[:, 1:] > 0).sum(1)
