@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from moiety.bridge.export import load_bridge, save_bridge
-from moiety.bridge.new import new_bridge
+from moiety.bridge.new import new_bridge, take_over
 from moiety.bridge.stages import LORA_TARGETS
+from moiety.errors import InputError
 from moiety.models.modeling_bridge_moiety import STRUCTURE_INPUTS
 from moiety.models.processing_bridge_moiety import PLACEHOLDER
 
@@ -245,6 +246,22 @@ def test_chats_hold_structures_in_blocks(bridge: tuple[Any, Any]) -> None:
     assert (inputs["input_ids"] == placeholder).sum() == 8 + 2  # queries, and the hand
     two = processor.apply_chat_template([CHAT, CHAT], return_dict=True, return_tensors="pt", **settings)
     assert torch.equal(two["input_ids"][1], inputs["input_ids"][0]) and len(two["num_queries"]) == 2
+
+
+def test_what_is_seen_stays_where_the_language_model_is_another(bridge: tuple[Any, Any], base: Path) -> None:
+    before = bridge[0]
+    after, _ = new_bridge(base, new_language=SMALL | {"hidden_size": 48}, bridge={"hidden_size": 32})
+    take_over(after, before)
+    assert after.config.text_config.hidden_size == 48
+    own = after.state_dict()
+    seen = {
+        key: value for key, value in before.state_dict().items() if key.startswith(("tower.", "bridge.", "number_"))
+    }
+    changed = {key for key, value in seen.items() if not torch.equal(value, own[key])}
+    assert changed == {f"bridge.{part}.{kind}" for part in ("out", "hand.out") for kind in ("weight", "bias")}
+    other, _ = new_bridge(base, new_language=SMALL, bridge={"hidden_size": 48})
+    with pytest.raises(InputError, match="another tower, bridge or facts"):
+        take_over(other, before)
 
 
 def test_what_is_saved_says_the_same(bridge: tuple[Any, Any], saved: Path) -> None:
