@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from moiety.bridge.facts import (
     denied,
     facts_of,
     formula,
+    full_name,
     groups_of,
     is_kept_back,
     numbers_of,
     unfit,
 )  # fmt: skip
 from moiety.bridge.new import new_bridge
-from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Preference
+from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
 from moiety.bridge.rows import (
     CAPTIONS,
@@ -41,6 +43,7 @@ from moiety.bridge.rows import (
     compared,
     in_full,
     nearly,
+    unfit_row,
     with_wrong_ones,
 )
 from moiety.bridge.sources import PAIR, TEXT_NODES, Named, Prose, Together, joined
@@ -273,6 +276,31 @@ def test_fact_heads_learn_what_is_true_and_not_kept_back(bridge: tuple[Any, Any]
     assert deciding.loss_sum(Right, batch).sum() < 1e-3 < deciding.scored(batch).sum()
     read = with_neighbors(batch, model.config.cutoff)
     assert model(**read.inputs()).fact_logits.shape == Right.fact_logits.shape
+
+
+def test_a_pointer_learns_the_fact_that_is_asked_where_its_answers_differ(
+    bridge: tuple[Any, Any], isomers: list[Structure]
+) -> None:
+    model, processor = bridge
+    facts = model.config.facts
+    rng = np.random.default_rng(0)
+    rows = [asking(fact, place, "train", rng) for place, one in enumerate(isomers) for fact in facts_of(one, rng)]
+    rows += [unfit_row(one, place, "train", rng) for place, one in enumerate(isomers)]
+    batch = Asking(processor, model.config.numbers, Writer(QUESTIONS), facts=facts).dialogue(isomers, rows)
+    answer, pointed = batch.targets["answer"], batch.targets["pointed"]
+    assert torch.equal(answer == UNSCORED, pointed == UNSCORED)
+    found = set()
+    for row, own, chosen in zip(rows, answer, pointed, strict=True):
+        name = full_name(row.fact)
+        places = (chosen > 0).nonzero().flatten()
+        assert len(places) == (row.answer in facts.get(name, ()))
+        for place in places:
+            assert list(facts)[chosen[place] - 1] == name and own[place] == facts[name][row.answer]
+            found.add((row.fact.name, row.answer == ABSTAIN))
+    assert {("handedness", False), ("contact", False), ("elements", False), ("rings", True)} <= found
+    sure = 50 * torch.eye(1 + len(facts))[pointed.clamp(min=0)]
+    pointing = Pointing("pointing")
+    assert pointing.loss_sum(SimpleNamespace(fact_choices=sure), batch).sum() < 1e-3 < pointing.scored(batch).sum()
 
 
 def test_a_string_stands_where_no_structure_is_seen(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:

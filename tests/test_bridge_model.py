@@ -201,6 +201,7 @@ def test_what_is_known_of_the_composition_is_counted(
     model, processor = bridge
     found = model(**processor(text=[PLACEHOLDER], structures=[atoms])).fact_logits[0]
     parts = found.split([len(answers) for answers in model.config.facts.values()])
+    assert known.keys() <= model.config.facts.keys()
     for (name, answers), logits in zip(model.config.facts.items(), parts, strict=True):
         if name in known:
             assert list(answers)[int(logits.argmax())] == known[name] and logits.softmax(0).max() > 0.999
@@ -253,11 +254,9 @@ def test_what_is_seen_stays_where_the_language_model_is_another(bridge: tuple[An
     after, _ = new_bridge(base, new_language=SMALL | {"hidden_size": 48}, bridge={"hidden_size": 32})
     take_over(after, before)
     assert after.config.text_config.hidden_size == 48
-    own = after.state_dict()
-    seen = {
-        key: value for key, value in before.state_dict().items() if key.startswith(("tower.", "bridge.", "number_"))
-    }
-    changed = {key for key, value in seen.items() if not torch.equal(value, own[key])}
+    own, seen = after.state_dict(), before.state_dict()
+    names = [name for name in seen if name.startswith(("tower.", "bridge.", "number_head."))]
+    changed = {name for name in names if not torch.equal(seen[name], own[name])}
     assert changed == {f"bridge.{part}.{kind}" for part in ("out", "hand.out") for kind in ("weight", "bias")}
     other, _ = new_bridge(base, new_language=SMALL, bridge={"hidden_size": 48})
     with pytest.raises(InputError, match="another tower, bridge or facts"):

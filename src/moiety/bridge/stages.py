@@ -139,7 +139,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
         mirrored=True,
         see=SEEN[config.sees],
         string=config.sees == STRING,
-        facts=model.config.facts,
+        facts=model.config.facts if {DECIDING, POINTING} & config.objectives.keys() else None,
     )
     if not config.trained:
         return calibrated(run, config, model, processor, asking)

@@ -151,8 +151,7 @@ class Whole(nn.Module):
 class FactHead(nn.Module):
     """Logits [B,C] of the answers of all facts, one fact after the other, and how likely [B,C] that makes them.
 
-    A linear map learns what a structure says in a tenth of the time that a language model takes to read it. What is
-    known of the composition is counted, not learned.
+    What is known of the composition is counted, not learned.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
