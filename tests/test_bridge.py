@@ -29,7 +29,7 @@ from moiety.bridge.facts import (
     unfit,
 )  # fmt: skip
 from moiety.bridge.new import new_bridge
-from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference
+from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference, Stating
 from moiety.bridge.questions import SPLITS, expanded, sentences, statements, worn
 from moiety.bridge.rows import (
     CAPTIONS,
@@ -249,6 +249,33 @@ def test_matching_and_contrast_know_a_perfect_space(bridge: tuple[Any, Any], iso
         assert objective.loss_sum(Perfect, batch).sum() < 1e-3
         assert objective.scored(batch).sum() > 0
     assert Answering("answering").scored(batch).sum() == 0
+
+
+def test_a_caption_learns_what_it_states_right_or_wrong(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:
+    model, processor = bridge
+    facts = model.config.facts
+    rows = Writer(CAPTIONS, stated=0.0)(isomers, np.random.default_rng(0))
+    batch = Asking(processor, model.config.numbers, Writer(CAPTIONS), facts=facts).dialogue(isomers, rows)
+    stated = batch.targets["stated"]
+    wrong = 0
+    for number, row in enumerate(rows):
+        told = {full_name(fact): fact.answer for fact in row.stated}
+        found = {
+            name: list(facts[name])[place] for name, place in zip(facts, stated[number], strict=True) if place >= 0
+        }
+        assert found == {name: answer for name, answer in told.items() if answer in facts.get(name, ())}
+        if row.is_spoiled:
+            true = {full_name(fact): fact.answer for fact in rows[number - 1].stated}
+            changed = [name for name in told if told[name] != true[name]]
+            assert len(changed) <= 1
+            wrong += len(changed)
+    assert wrong > 3
+    stating = Stating("stating", facts)
+    sure = [50 * torch.eye(len(answers))[stated[:, place].clamp(min=0)] for place, answers in enumerate(facts.values())]
+    assert stating.loss_sum(SimpleNamespace(stated_facts=torch.cat(sure, dim=1)), batch).sum() < 1e-3
+    batch = with_neighbors(batch, model.config.cutoff)
+    assert stating.loss_sum(model(**batch.inputs()), batch).sum() > 1
+    assert torch.equal(stating.scored(batch) > 0, torch.ones(len(isomers), dtype=torch.bool))
 
 
 def test_fact_heads_learn_what_is_true_and_not_kept_back(bridge: tuple[Any, Any], isomers: list[Structure]) -> None:

@@ -164,12 +164,19 @@ def test_mirror_images_differ_in_the_hand_alone(bridge: tuple[Any, Any]) -> None
     assert one.odd.abs().max() > 0.1
 
 
-def test_a_pointer_says_what_heads_decided_of_the_structure_that_stands_last(bridge: tuple[Any, Any]) -> None:
-    model, processor = copy.deepcopy(bridge[0]), bridge[1]
-    facts = list(model.config.facts)
-    place = facts.index("rings")
+def pointing_at(bridge: tuple[Any, Any], fact: str) -> Any:
+    """A copy of the model that says nothing else."""
+    model = copy.deepcopy(bridge[0])
+    parts = sorted({part for name in model.config.facts for part in name.split(" ", 1)})
     with torch.no_grad():
-        model.pointer.choose.bias[1 + place] = 50.0
+        model.pointer.part.bias[[parts.index(part) for part in fact.split(" ", 1)]] = 50.0
+    return model
+
+
+def test_a_pointer_says_what_heads_decided_of_the_structure_that_stands_last(bridge: tuple[Any, Any]) -> None:
+    model, processor = pointing_at(bridge, "rings"), bridge[1]
+    place = list(model.config.facts).index("rings")
+    with torch.no_grad():
         inputs = processor(
             text=[f"{PLACEHOLDER} and {PLACEHOLDER} say", "Say what you say"],
             structures=[molecule("C6H6"), molecule("H2O")],
@@ -205,6 +212,43 @@ def test_what_is_known_of_the_composition_is_counted(
     for (name, answers), logits in zip(model.config.facts.items(), parts, strict=True):
         if name in known:
             assert list(answers)[int(logits.argmax())] == known[name] and logits.softmax(0).max() > 0.999
+
+
+def test_what_is_asked_and_of_what_are_pointed_at_each_by_itself(bridge: tuple[Any, Any]) -> None:
+    model, processor = pointing_at(bridge, "count carbon"), bridge[1]
+    with torch.no_grad():
+        output = model(**processor(text=[PLACEHOLDER], structures=[molecule("CH3CH2OH")]))
+    assert int(output.fact_choices[0, -1].argmax()) == 1 + list(model.config.facts).index("count carbon")
+    assert int(output.logits[0, -1].argmax()) == model.config.facts["count carbon"]["2"]
+
+
+def test_a_fact_of_which_no_answer_can_be_leaves_the_word_to_the_language_model(bridge: tuple[Any, Any]) -> None:
+    model, processor = pointing_at(bridge, "heaviest"), bridge[1]
+    with torch.no_grad():
+        inputs = processor(text=[PLACEHOLDER] * 2, structures=[bulk("Au"), molecule("CH3SH")])
+        output = model(**inputs)
+        embeds = model.read(inputs["input_ids"], {name: inputs[name] for name in STRUCTURE_INPUTS if name in inputs})
+        own = model.language_model(inputs_embeds=embeds.embeds, attention_mask=inputs["attention_mask"])
+    torch.testing.assert_close(output.logits[0, -1], own.logits[0, -1].log_softmax(-1))
+    assert int(output.logits[1, -1].argmax()) == model.config.facts["heaviest"]["sulfur"]
+
+
+def test_of_two_structures_is_said_which_rather_has_an_answer(bridge: tuple[Any, Any]) -> None:
+    model, processor = pointing_at(bridge, "wider"), bridge[1]
+    answers = model.config.facts["wider"]
+    molecules = [molecule("C6H6"), molecule("CH3CH2OH")]
+    said = []
+    for pair in (molecules, molecules[::-1]):
+        with torch.no_grad():
+            output = model(**processor(text=[f"{PLACEHOLDER} {PLACEHOLDER}"], structures=pair))
+        said.append(output.logits[0, -1].exp()[list(answers.values())])
+        logits = output.fact_logits.split([len(own) for own in model.config.facts.values()], dim=1)
+        place = list(model.config.facts["extent"]).index("extended")
+        extended = logits[list(model.config.facts).index("extent")].softmax(1)[:, place].logit()
+        odds = extended[0] - extended[1]
+        torch.testing.assert_close(said[-1], torch.stack([odds, -odds]).sigmoid(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(said[0], said[1].flip(0), rtol=1e-3, atol=1e-4)
+    assert (said[0][0] - 0.5).abs() > 0.01
 
 
 def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[Any, Any]) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,8 @@ class Dialogue(Batch):
     not said; "statement" [R], of captions of one fact alone; "spoiled" [R], of captions that are not true; "group" [B],
     the same for partners, -1 where there are none; "numbers" [B,P], in standard units, NaN where none is known;
     "facts" [B,F], the place of the answer to each fact, UNSCORED where none is known; "pointed" [R,L], 1 + the
-    place of the fact that a token of an answer says, 0 of other tokens, UNSCORED of what is no answer to a question.
+    place of the fact that a token of an answer says, 0 of other tokens, UNSCORED of what is no answer to a question;
+    "stated" [R,F], the place of the answer that a caption states to each fact, UNSCORED where it is silent.
     """
 
     input_ids: Tensor | None = None  # [R, T]
@@ -174,11 +175,15 @@ class Asking:
 
     def _decided(self, structures: Sequence[Structure]) -> Tensor:
         """[B,F] places of the answers of facts."""
-        places = torch.full((len(structures), len(self._facts)), UNSCORED)
+        return self._places([decided_of(structure) for structure in structures])
+
+    def _places(self, told: Sequence[Iterable[tuple[str, str]]]) -> Tensor:
+        """[n,F] of answers that are told to facts, by name."""
+        places = torch.full((len(told), len(self._facts)), UNSCORED)
         names = {name: number for number, name in enumerate(self._facts)}
-        for place, structure in enumerate(structures if names else ()):
-            for name, answer in decided_of(structure):
-                if answer in self._facts[name]:
+        for place, answers in enumerate(told if names else ()):
+            for name, answer in answers:
+                if answer in self._facts.get(name, ()):
                     places[place, names[name]] = list(self._facts[name]).index(answer)
         return places
 
@@ -196,6 +201,7 @@ class Asking:
             "answer": answer,
             "about": torch.tensor([row.about for row in rows]),
             "pointed": self._pointed(rows, answer),
+            "stated": self._places([[(full_name(fact), fact.answer) for fact in row.stated] for row in rows]),
             "right": torch.tensor([row.right for row in rows]),
             "caption": torch.tensor([row.is_caption for row in rows]),
             "statement": torch.tensor([row.is_statement for row in rows]),

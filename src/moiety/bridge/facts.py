@@ -45,7 +45,7 @@ class Fact:
     Attributes:
         name: of the entry in questions.yaml.
         kind: A, B or C; T of what is asked of two structures, N for a number that a head says.
-        answer: the words; of a number, its name.
+        answer: the words; of a number, the token at which a head says it.
         about: what stands in the braces of the question.
         choices: all answers that are possible; () where there are too many to list.
         value: of a number.
@@ -57,6 +57,11 @@ class Fact:
     about: Mapping[str, str]
     choices: tuple[str, ...] = ()
     value: float | None = None
+
+
+def number_token(name: str) -> str:
+    """That a number head speaks at."""
+    return f"<num:{name}>"
 
 
 WIDER = Fact("wider", "T", "", {}, ("the first", "the second"))  # asked of two conformers
@@ -82,10 +87,14 @@ FITS = {  # domains of which a question makes sense; others may be asked anywher
     "contact": "complex",
     "fold": "protein",
 }
-COUNTED = {  # what is counted of a structure: answer -> atomic number (0: of any element), least and most
+COUNTED = {  # what is counted of a structure: answer -> of what (see `asked_counts`), least and most
     "elements": {str(count): (0, count, count) for count in range(1, 8)},
+    "heaviest": {ELEMENT_NAMES[n - 1]: (-1, n, n) for n in ASKED_ELEMENTS},
     **{f"contains {ELEMENT_NAMES[n - 1]}": {YES: (n, 1, 10**9), NO: (n, 0, 0)} for n in ASKED_ELEMENTS},
     **{f"count {ELEMENT_NAMES[n - 1]}": {str(c): (n, c, c) for c in range(1, 10)} for n in ASKED_ELEMENTS},
+}
+COMPARED = {  # of two structures: which of them rather has an answer to a fact that heads decide of each
+    WIDER.name: {"fact": "extent", "answer": "extended", "first": WIDER.choices[0], "last": WIDER.choices[1]},
 }
 DECIDED = {  # what heads learn to decide of it, and from which answers
     "rings": (*map(str, range(7)), ABSTAIN),
@@ -93,6 +102,7 @@ DECIDED = {  # what heads learn to decide of it, and from which answers
     "aromatic": (YES, NO, ABSTAIN),
     **{f"group {name}": (YES, NO, ABSTAIN) for name in GROUPS},
     **{name: (*choices, ABSTAIN) for name, choices in CHOICES.items()},
+    **{name: (number_token(name), ABSTAIN) for name in NUMBERS},
 }
 KEPT_BACK = 0.1  # of the combinations of a question and of elements: they are asked in tests alone
 
@@ -111,14 +121,15 @@ def numbers_of(structure: Structure) -> Iterator[Fact]:
     """What number heads learn of it."""
     for name in NUMBERS:
         if structure.source == "qm9" and name in structure.scalars:
-            yield Fact(name, "N", name, {}, value=structure.scalars[name])
+            yield Fact(name, "N", number_token(name), {}, value=structure.scalars[name])
 
 
 def decided_of(structure: Structure) -> Iterator[tuple[str, str]]:
     """Names in DECIDED, with the answers that are known; not those that are kept back."""
     rng = np.random.default_rng(0)
-    asked = [fact for fact in facts_of(structure, rng) if fact.name in DECIDED]
-    for fact in (*asked, *_every_group(structure)):
+    asked = [fact for fact in facts_of(structure, rng) if fact.name in DECIDED and fact.kind != "N"]
+    numbers = [Fact(name, "N", number_token(name), {}) for name in NUMBERS if FITS[name] == structure.domain]
+    for fact in (*asked, *_every_group(structure), *numbers):
         if not is_kept_back(fact, structure):
             yield full_name(fact), fact.answer
     for name, answers in DECIDED.items():

@@ -12,9 +12,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from moiety.adapters.adapter import quietly, require_export
-from moiety.bridge.facts import ABSTAIN, COUNTED, DECIDED, HANDED_FACTS, NUMBERS
+from moiety.bridge.facts import ABSTAIN, COMPARED, COUNTED, DECIDED, HANDED_FACTS, NUMBERS, number_token
 from moiety.bridge.language import language_dir
-from moiety.bridge.rows import number_token, special_tokens
+from moiety.bridge.rows import special_tokens
 from moiety.errors import InputError
 from moiety.models.configuration_bridge_moiety import BridgeConfig, MoietyBridgeConfig
 from moiety.models.configuration_moiety import MoietyConfig
@@ -69,7 +69,8 @@ def new_bridge(
             for name, scale in NUMBERS.items()
         },
         handed_facts=list(HANDED_FACTS),
-        facts={name: deciding_tokens(list(answers), tokenizer) for name, answers in (COUNTED | DECIDED).items()},
+        facts={name: deciding_tokens(answers, tokenizer) for name, answers in told_by_heads().items()},
+        compared_facts=COMPARED,
         counted_facts={name: {answer: list(of) for answer, of in answers.items()} for name, answers in COUNTED.items()},
     )
     model = MoietyForConditionalGeneration(config)
@@ -83,6 +84,12 @@ def new_bridge(
     model.config.text_config = model.language_model.config
     extractor = MoietyFeatureExtractor(cutoff=structure.cutoff)
     return model, MoietyBridgeProcessor(extractor, tokenizer, own.nodes_per_query)
+
+
+def told_by_heads() -> dict[str, list[str]]:
+    """Every fact that the language model may point at, with its answers."""
+    compared = {name: [how["first"], how["last"]] for name, how in COMPARED.items()}
+    return {name: list(answers) for name, answers in (COUNTED | DECIDED | compared).items()}
 
 
 def take_over(model: MoietyForConditionalGeneration, other: MoietyForConditionalGeneration) -> None:

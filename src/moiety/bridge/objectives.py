@@ -7,7 +7,7 @@ All score rows of a `Dialogue` under the structures that the rows are about.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,9 +101,9 @@ class Numbers(Objective):
 class Deciding(Objective):
     """Cross-entropy of the answers of fact heads, a mean over the facts that are known of a structure.
 
-    The one that geometry alone decides counts `geometric` times: a molecule has a dozen others, which are easier. That
-    a fact does not fit a structure counts `unfitting`, about as seldom as it is asked in vain: who cannot see what a
-    structure is then takes it for one that the question fits.
+    The one that geometry alone decides counts `geometric` times, what is counted of bonds `counting` times: a molecule
+    has a dozen others, which are easier. That a fact does not fit a structure counts `unfitting`, about as seldom as it
+    is asked in vain: who cannot see what a structure is then takes it for one that the question fits.
     """
 
     def __init__(
@@ -111,12 +111,19 @@ class Deciding(Objective):
         name: str,
         facts: Mapping[str, Mapping[str, int]],
         geometric: float = 12.0,
+        counting: float = 4.0,
         unfitting: float = 0.1,
         weight: float = 1.0,
     ):
         self.name, self.weight = name, weight
         self.sizes = [len(answers) for answers in facts.values()]
-        self.shares = torch.tensor([geometric if fact in CHOICES else 1.0 for fact in facts])
+        counts = [any(answer.isdigit() for answer in answers) for answers in facts.values()]
+        self.shares = torch.tensor(
+            [
+                geometric if fact in CHOICES else counting if is_count else 1.0
+                for fact, is_count in zip(facts, counts, strict=True)
+            ]
+        )
         self.unfit = torch.tensor(
             [[*answers].index(ABSTAIN) if ABSTAIN in answers else -1 for answers in facts.values()]
         )
@@ -127,13 +134,7 @@ class Deciding(Objective):
 
     def loss_sum(self, output: Any, batch: Any) -> Tensor:
         target_SF = batch.targets["facts"]
-        loss_SF = torch.stack(
-            [
-                functional.cross_entropy(logits_SA, target_S, ignore_index=UNSCORED, reduction="none")
-                for logits_SA, target_S in zip(output.fact_logits.split(self.sizes, dim=1), target_SF.T, strict=True)
-            ],
-            dim=1,
-        )
+        loss_SF = of_facts(output.fact_logits, self.sizes, target_SF)
         is_unfit_SF = target_SF == self.unfit.to(target_SF)
         share_SF = torch.where(is_unfit_SF, self.unfitting, self.shares.to(loss_SF)) * (target_SF != UNSCORED)
         return (loss_SF * share_SF).sum(1) / share_SF.sum(1).clamp(min=self.unfitting)
@@ -197,6 +198,35 @@ class Matching(OfRows):
         return partners_RR & ~same_RR | torch.eye(len(group_R), dtype=torch.bool, device=group_R.device)
 
 
+class Stating(OfRows):
+    """Cross-entropy of the answers that a caption states, a mean over them, by its likeness to those of each fact.
+
+    To be like the right structure rather than others says too little of each word of a long text.
+    """
+
+    def __init__(self, name: str, facts: Mapping[str, Mapping[str, int]], weight: float = 1.0):
+        super().__init__(name, weight)
+        self.sizes = [len(answers) for answers in facts.values()]
+
+    def applies(self, batch: Dialogue) -> Tensor:
+        return (batch.targets["stated"] != UNSCORED).any(1)
+
+    def row_losses(self, output: Any, batch: Dialogue) -> Tensor:
+        stated_RF = batch.targets["stated"]
+        loss_RF = of_facts(output.stated_facts, self.sizes, stated_RF)
+        return loss_RF.sum(1) / (stated_RF != UNSCORED).sum(1).clamp(min=1)
+
+
+def of_facts(logits_RC: Tensor, sizes: Sequence[int], target_RF: Tensor) -> Tensor:
+    """[R,F] cross-entropy of the answers to each fact, 0 where none is known; logits of one fact after the other."""
+    parts = zip(logits_RC.split(sizes, dim=1), target_RF.T, strict=True)
+    losses = [
+        functional.cross_entropy(logits_RA, target_R, ignore_index=UNSCORED, reduction="none")
+        for logits_RA, target_R in parts
+    ]
+    return torch.stack(losses, dim=1)
+
+
 def by_structure(values_R: Tensor, batch: Dialogue) -> Tensor:
     """[B] sums over the rows about each structure."""
     return values_R.new_zeros(batch.num_structures).index_add(0, batch.targets["about"], values_R)
@@ -208,4 +238,14 @@ def log_likelihood(logits_RLV: Tensor, answer_RL: Tensor) -> Tensor:
     return -loss.reshape(answer_RL.shape).sum(1)
 
 
-__all__ = ["Answering", "Contrast", "Matching", "Numbers", "OfRows", "Pointing", "Preference", "log_likelihood"]
+__all__ = [
+    "Answering",
+    "Contrast",
+    "Matching",
+    "Numbers",
+    "OfRows",
+    "Pointing",
+    "Preference",
+    "Stating",
+    "log_likelihood",
+]

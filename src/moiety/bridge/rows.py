@@ -19,6 +19,7 @@ from moiety.bridge.facts import (
     formula,
     groups_of,
     is_kept_back,
+    number_token,
     unfit,
 )
 from moiety.bridge.questions import in_a_sentence, phrases, question, statement, worn
@@ -51,6 +52,7 @@ class Row:
         is_caption: stands beside the structure that it is about, unread, to be found by it.
         is_statement: a caption that says nothing but the fact that tells the structure from its partners.
         is_spoiled: a caption of which one thing is not true of the structure.
+        stated: facts that a caption states, true or not.
     """
 
     about: int
@@ -63,6 +65,7 @@ class Row:
     is_caption: bool = False
     is_statement: bool = False
     is_spoiled: bool = False
+    stated: tuple[Fact, ...] = ()
 
 
 class Writer:
@@ -220,16 +223,17 @@ def caption_rows(structure: Structure, place: int, facts: Sequence[Fact], rng: n
     What is told apart from the captions of a micro-batch alone need not be known exactly.
     """
     said = phrases(facts, rng)
-    right = Row(place, after_formula(structure, said), is_caption=True)
+    right = Row(place, after_formula(structure, said), is_caption=True, stated=tuple(facts))
     changed = [number for number, fact in enumerate(facts) if can_be_denied(fact)]
     changed = changed[1:] or changed  # what it is, which comes first, is too easy
     if structure.node_type.max() < FIRST_RESIDUE and (not changed or rng.random() < 0.5):
         spoiled = after_formula(nearly(structure, rng), said)
     else:
         number = changed[rng.integers(len(changed))]
-        said[number] = statement(denied(facts[number], rng), rng)
+        facts = [denied(fact, rng) if n == number else fact for n, fact in enumerate(facts)]
+        said[number] = statement(facts[number], rng)
         spoiled = after_formula(structure, said)
-    return [right, replace(right, answer=spoiled, is_spoiled=True)]
+    return [right, replace(right, answer=spoiled, is_spoiled=True, stated=tuple(facts))]
 
 
 def nearly(structure: Structure, rng: np.random.Generator) -> Structure:
@@ -251,17 +255,15 @@ def nearly(structure: Structure, rng: np.random.Generator) -> Structure:
 
 def asking(fact: Fact, place: int, split: str, rng: np.random.Generator) -> Row:
     """The fact as a question about the structure at a place of the batch."""
-    if fact.value is not None:
-        said, number = number_token(fact.name), (fact.name, fact.value)
-    else:
-        said, number = fact.answer, None
-    return Row(place, said, question(fact, split, rng), (place,), number=number, fact=fact)
+    number = None if fact.value is None else (fact.name, fact.value)
+    return Row(place, fact.answer, question(fact, split, rng), (place,), number=number, fact=fact)
 
 
 def statement_row(structure: Structure, place: int, rng: np.random.Generator) -> Row:
     """What tells a structure from its partners, said alone."""
-    geometric = [fact for fact in facts_of(structure, rng) if fact.kind == "C"]
-    return Row(place, in_a_sentence(phrases(geometric, rng)), is_caption=True, is_statement=True)
+    geometric = tuple(fact for fact in facts_of(structure, rng) if fact.kind == "C")
+    said = in_a_sentence(phrases(geometric, rng))
+    return Row(place, said, is_caption=True, is_statement=True, stated=geometric)
 
 
 def unfit_row(structure: Structure, place: int, split: str, rng: np.random.Generator) -> Row:
@@ -294,11 +296,6 @@ def with_wrong_ones(rows: Sequence[Row], structures: Sequence[Structure]) -> lis
             others = [place for place in pair if answers[place] not in (None, row.answer)]
             wrong += [replace(row, read=(other,), right=number) for other in others[:1]]
     return [*rows, *wrong]
-
-
-def number_token(name: str) -> str:
-    """That a number head speaks at."""
-    return f"<num:{name}>"
 
 
 def special_tokens(numbers: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from moiety.bridge.calibrate import calibrate
 from moiety.bridge.dialogue import Asking, See
 from moiety.bridge.export import load_bridge, save_bridge
 from moiety.bridge.new import new_bridge, take_over
-from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference
+from moiety.bridge.objectives import Answering, Contrast, Deciding, Matching, Numbers, Pointing, Preference, Stating
 from moiety.bridge.rows import CAPTIONS, NOTHING, QUESTIONS, WORDS, Writer
 from moiety.bridge.sources import Joined, Named, Prose, Single, Together
 from moiety.data.shards import Corpus
@@ -41,7 +41,8 @@ from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
 
 TEXTS = (CAPTIONS, QUESTIONS, WORDS, NOTHING)
-LANGUAGE, LORA, STRING, DECIDING, POINTING = "language", "lora", "string", "deciding", "pointing"
+LANGUAGE, LORA, STRING = "language", "lora", "string"
+DECIDING, POINTING, STATING = "deciding", "pointing", "stating"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
     "tower": ("tower.",),
@@ -139,7 +140,7 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
         mirrored=True,
         see=SEEN[config.sees],
         string=config.sees == STRING,
-        facts=model.config.facts if {DECIDING, POINTING} & config.objectives.keys() else None,
+        facts=model.config.facts if {DECIDING, POINTING, STATING} & config.objectives.keys() else None,
     )
     if not config.trained:
         return calibrated(run, config, model, processor, asking)
@@ -276,7 +277,7 @@ def build_bridge_objectives(settings: dict[str, dict[str, Any]], facts: Any) -> 
     built: list[Objective] = []
     for name, own in settings.items():
         try:
-            built.append(OBJECTIVES[name](name, **own, **({"facts": facts} if name == DECIDING else {})))
+            built.append(OBJECTIVES[name](name, **own, **({"facts": facts} if name in (DECIDING, STATING) else {})))
         except TypeError as error:
             raise InputError(f"objectives.{name}: {error}") from None
     return built
@@ -288,6 +289,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "numbers": Numbers,
     DECIDING: Deciding,
     POINTING: Pointing,
+    STATING: Stating,
     "contrast": Contrast,
     "matching": Matching,
 }

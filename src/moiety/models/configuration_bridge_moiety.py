@@ -50,7 +50,9 @@ class MoietyBridgeConfig(PreTrainedConfig):
         numbers: property -> {"token_id", "mean", "std", "unit"}: what a number head says where that token stands.
         facts: name -> {answer: token_id}: what heads decide of a structure, and the token that tells the answers apart.
         handed_facts: those of another answer in a mirror.
-        counted_facts: name -> {answer: (atomic number, least, most)} of facts that are counted; 0 counts the elements.
+        counted_facts: name -> {answer: (of what, least, most)} of facts that are counted, see `asked_counts`.
+        compared_facts: name -> {"fact", "answer", "first", "last"}: of two structures, which rather has an answer to a
+            fact; the answers that say so.
     """
 
     model_type = "moiety_bridge"
@@ -69,6 +71,7 @@ class MoietyBridgeConfig(PreTrainedConfig):
     facts: dict[str, dict[str, int]] | None = None
     handed_facts: list[str] | None = None
     counted_facts: dict[str, dict[str, list[int]]] | None = None
+    compared_facts: dict[str, dict[str, str]] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

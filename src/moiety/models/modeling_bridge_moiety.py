@@ -39,7 +39,8 @@ class MoietyBridgeOutput(ModelOutput):
     `loss` where there were labels; `logits` [R,T,V]; `number_values` and `number_log_sigmas` [S,P] in units of their
     spread; `structure_embeds` [S,E] and `text_embeds` [R,E], whose products are log odds of belonging together;
     `fact_logits` [S,C] of the answers of all facts, one fact after the other; `fact_choices` [R,T,1+F], logits of the
-    language model's own words and of every fact; `structure_features` [S,F], means of invariants.
+    language model's own words and of every fact; `stated_facts` [R,C], how much a text is like one that states each of
+    the answers; `structure_features` [S,F], means of invariants.
     """
 
     loss: Tensor | None = None
@@ -53,38 +54,41 @@ class MoietyBridgeOutput(ModelOutput):
     fact_choices: Tensor | None = None
     structure_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
+    stated_facts: Tensor | None = None
     structure_features: Tensor | None = None
 
 
 @dataclass
 class Reading:
-    """Structures in a text: `embeds` [R,T,W], what the bridge makes of them, and `last` [R], which one stands last.
+    """Structures in a text: `embeds` [R,T,W], what the bridge makes of them, and which stand `first` and `last` [R].
 
     -1 where there is none.
     """
 
     embeds: Tensor
     structures: Structures
+    first: Tensor
     last: Tensor
 
 
 class NumberHead(nn.Module):
-    """Value and log sigma of every property, from what the bridge reads of a structure: [S,D] -> [S,P] twice.
+    """Value and log sigma of every property, from all that is even of a structure: [S,D], [S,F] -> [S,P] twice.
 
     In standard units. The text says which property, and when; no property depends on the words it is asked for in.
+    Means of invariants are read beside the queries, which have to serve the language model, too.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__()
-        width = config.bridge_config.hidden_size
+        width, structure = config.bridge_config.hidden_size, config.structure_config
         self.num_properties = len(config.numbers or {})
         self.map = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width), nn.SiLU(),
-            nn.Linear(2 * width, 2 * self.num_properties),
+            nn.Linear(width + (1 + structure.lmax) * structure.hidden_size, 2 * width), nn.SiLU(),
+            nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * self.num_properties),
         )  # fmt: skip
 
-    def forward(self, even_SD: Tensor) -> tuple[Tensor, Tensor]:
-        value, log_sigma = self.map(even_SD).split(self.num_properties, dim=-1)
+    def forward(self, even_SD: Tensor, mean_SF: Tensor) -> tuple[Tensor, Tensor]:
+        value, log_sigma = self.map(torch.cat([even_SD, mean_SF], dim=-1)).split(self.num_properties, dim=-1)
         return value, log_sigma.clamp(-6, 3)
 
 
@@ -94,6 +98,9 @@ class Pointer(nn.Module):
     A pointer-generator (See et al., arXiv 1704.04368) that points at facts of the structure that stands last: from the
     hidden state [R,T,W] it chooses one of them, or the language model's own words. Which fact a question is about is
     soon learned; to see its answer in the tokens of a structure takes a small language model far longer.
+
+    The name of a fact is what is asked, and of what: "count carbon". Each is chosen by itself, so that carbon is
+    learned once for all that is asked of it.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
@@ -101,14 +108,23 @@ class Pointer(nn.Module):
         facts = (config.facts or {}).values()
         self.tokens = [token for answers in facts for token in answers.values()]
         self.answers = [len(answers) for answers in facts]
-        self.choose = nn.Linear(config.text_config.hidden_size, 1 + len(self.answers))
+        names = [name.split(" ", 1) for name in config.facts or {}]
+        parts = sorted({part for name in names for part in name})
+        self.parts = [[float(part in name) for part in parts] for name in names]
+        self.own_words = nn.Linear(config.text_config.hidden_size, 1)
+        self.part = nn.Linear(config.text_config.hidden_size, len(parts))
+
+    def choose(self, hidden_RTW: Tensor) -> Tensor:
+        """[R,T,1+F] logits of own words, and of the facts."""
+        fact_RTF = self.part(hidden_RTW) @ torch.tensor(self.parts, device=hidden_RTW.device).T
+        return torch.cat([self.own_words(hidden_RTW), fact_RTF], dim=-1)
 
     def forward(self, logits_RTV: Tensor, choice_RTF: Tensor, share_RC: Tensor) -> Tensor:
-        """`choice_RTF`: logits of `choose`, own words first; `share_RC`: how likely answers are, see `heard`."""
-        own_RT1, chosen_RTF = choice_RTF.softmax(-1).split([1, len(self.answers)], dim=-1)
+        """`choice_RTF`: of `choose`; `share_RC`: how likely answers are, see `heard`: 0 where none of a fact can be."""
         owner_C = torch.repeat_interleave(torch.tensor(self.answers, device=share_RC.device))
-        said_RTC = chosen_RTF[..., owner_C] * share_RC.unsqueeze(1)
+        said_RTC = choice_RTF.softmax(-1)[..., 1 + owner_C] * share_RC.unsqueeze(1)
         tokens_C = torch.tensor(self.tokens, device=share_RC.device)
+        own_RT1 = (1 - said_RTC.sum(-1, keepdim=True)).clamp(min=0)
         both_RTV = (own_RT1 * logits_RTV.float().softmax(-1)).index_add(-1, tokens_C, said_RTC.float())
         there_R11 = (share_RC.sum(1) > 0)[:, None, None]
         return torch.where(there_R11, both_RTV.clamp(min=TINY).log(), logits_RTV)
@@ -138,16 +154,19 @@ class SharedSpace(nn.Module):
 
     def forward(
         self, structures: Structures, text_RTW: Tensor, ids_RT: Tensor, words_RT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        structure_SE = self.even(structures.even) + self.odd(structures.odd)
-        if self.facts is not None:
-            structure_SE = structure_SE + self.facts(structures.fact_shares)
-        structure_SE = functional.normalize(structure_SE, dim=-1)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Structures, texts, and [R,C] how like texts are to structures of which one answer is known, and no more."""
         text_RTD = self.text_in(self.text_norm(text_RTW))
         share_RTH = self.weigh(text_RTD).masked_fill(~words_RT.unsqueeze(-1), FAR_BELOW).softmax(dim=1)
         bag_RE = (self.word(ids_RT) * words_RT.unsqueeze(-1)).sum(1) / words_RT.sum(1, keepdim=True).sqrt()
         text_RE = functional.normalize(self.text((share_RTH.mT @ text_RTD).flatten(1)) + bag_RE, dim=-1)
-        return structure_SE, text_RE * self.log_sharpness.clamp(max=math.log(MOST_SHARP)).exp()
+        text_RE = text_RE * self.log_sharpness.clamp(max=math.log(MOST_SHARP)).exp()
+        structure_SE, stated_RC = self.even(structures.even) + self.odd(structures.odd), None
+        if self.facts is not None:
+            structure_SE = structure_SE + self.facts(structures.fact_shares)
+            answers_CE = self.facts(torch.eye(self.facts.in_features).to(structure_SE))  # ZeRO-3 gathers what is called
+            stated_RC = text_RE @ functional.normalize(answers_CE, dim=-1).T
+        return functional.normalize(structure_SE, dim=-1), text_RE, stated_RC
 
 
 class Calibration(nn.Module):
@@ -293,17 +312,28 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         within_K = torch.arange(owner_K.shape[0], device=owner_K.device)
         within_K = within_K - torch.repeat_interleave(sizes_A.cumsum(0) - sizes_A, sizes_A)
         tokens_KW = found.tokens[(found.sizes.cumsum(0) - found.sizes)[owner_K] + within_K].to(text_RTW.dtype)
-        last_R = torch.full(input_ids.shape[:1], -1, device=input_ids.device)
-        last_R[here_RT.any(1)] = owner_K[here_RT.sum(1).cumsum(0)[here_RT.any(1)] - 1]
+        count_R, none_R = here_RT.sum(1), torch.full(input_ids.shape[:1], -1, device=input_ids.device)
+        ends_R, is_read_R = count_R.cumsum(0), count_R > 0
+        first_R, last_R = (
+            none_R.masked_scatter(is_read_R, owner_K[place_R[is_read_R]]) for place_R in (ends_R - count_R, ends_R - 1)
+        )
         unread = 0 * found.tokens.sum()  # every rank walks the same modules backwards
         if self.text_alone:
-            return Reading(text_RTW, replace(found, even=found.even + unread), last_R)
-        return Reading(text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + unread, found, last_R)
+            return Reading(text_RTW, replace(found, even=found.even + unread), first_R, last_R)
+        return Reading(text_RTW.masked_scatter(here_RT.unsqueeze(-1), tokens_KW) + unread, found, first_R, last_R)
 
     def heard(self, reading: Reading) -> Tensor | None:
-        """[R,C] how likely answers are by the heads, of the structure that stands last in each row; 0 without one."""
+        """[R,C] how likely answers are by the heads, of the structure that stands last in each row; 0 without one.
+
+        Of a comparison, of the first and the last.
+        """
         share_SC = reading.structures.fact_shares
-        return None if share_SC is None else share_SC[reading.last.clamp(min=0)] * (reading.last >= 0).unsqueeze(1)
+        if share_SC is None or self.bridge.facts is None:
+            return None
+        first_RC, last_RC = share_SC[reading.first.clamp(min=0)], share_SC[reading.last.clamp(min=0)]
+        are_two_R = reading.first != reading.last
+        share_RC = last_RC + self.bridge.facts.compare(first_RC, last_RC) * are_two_R.unsqueeze(1)
+        return share_RC * (reading.last >= 0).unsqueeze(1)
 
     def _one_atom(self, device: torch.device) -> dict[str, Tensor]:
         """A structure for a text without one; it stands nowhere."""
@@ -418,12 +448,12 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         words_RT = ids_RT != self.config.structure_token_id
         words_RT = words_RT if mask_RT is None else words_RT & mask_RT.bool()
         found, dtype = reading.structures, reading.structures.even.dtype
-        answer.structure_embeds, answer.text_embeds = self.space(
+        answer.structure_embeds, answer.text_embeds, answer.stated_facts = self.space(
             found, hidden[len(hidden) // 2].to(dtype), ids_RT, words_RT
         )
         answer.structure_features = found.mean
         if self.number_head is not None:
-            answer.number_values, answer.number_log_sigmas = self.number_head(found.even)
+            answer.number_values, answer.number_log_sigmas = self.number_head(found.even, found.mean)
         answer.fact_logits = found.fact_logits
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ TINY = 1e-6
 LEAST_SPREAD = 1e-3  # of an invariant over structures
 TYPICAL, LARGE = 16.0, 64.0  # nodes of a unit over which sums are of unit size; that are counted at most
 CERTAIN = 30.0  # log odds of what is counted
+NEVER = (0, -1, -1)  # a range in which no count lies
 FAINT = 0.03  # root mean square of pseudoscalars far below which a structure has no hand
 
 
@@ -151,7 +152,7 @@ class Whole(nn.Module):
 class FactHead(nn.Module):
     """Logits [B,C] of the answers of all facts, one fact after the other, and how likely [B,C] that makes them.
 
-    What is known of the composition is counted, not learned.
+    What is known of the composition is counted, not learned; where its answer is none of those, none is likely.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
@@ -159,10 +160,17 @@ class FactHead(nn.Module):
         facts = (config.facts or {}).items()
         self.answers = [len(answers) for _, answers in facts]
         columns = [(name, answer) for name, answers in facts for answer in answers]
-        counted = config.counted_facts or {}
+        counted, compared = config.counted_facts or {}, config.compared_facts or {}
         self.handed = [name in (config.handed_facts or ()) for name, _ in columns]
-        self.is_counted = [name in counted for name, _ in columns]
-        self.ranges = [counted.get(name, {}).get(answer, (0, 0, 0)) for name, answer in columns]
+        self.is_counted = [name in counted or name in compared for name, _ in columns]
+        self.ranges = [counted.get(name, {}).get(answer, NEVER) for name, answer in columns]
+        self.compared = [
+            [
+                columns.index(place)
+                for place in ((name, how["first"]), (name, how["last"]), (how["fact"], how["answer"]))
+            ]
+            for name, how in compared.items()
+        ]
         self.even = nn.Linear(config.bridge_config.hidden_size, len(columns))
         self.odd = nn.Linear(HANDED * config.bridge_config.num_pseudoscalars, len(columns), bias=False)
 
@@ -170,13 +178,29 @@ class FactHead(nn.Module):
         """`units_BV`: see `unit_counts`."""
         here: dict[str, Any] = {"device": even_BD.device}
         learned_BC = self.even(even_BD) + self.odd(odd_BO) * torch.tensor(self.handed, **here)
-        atoms_BE = F.pad(units_BV, (0, max(0, FIRST_RESIDUE - units_BV.shape[1])))[:, :FIRST_RESIDUE].clone()
-        atoms_BE[:, 0] = (atoms_BE[:, 1:] > 0).sum(1)
         number_C, least_C, most_C = torch.tensor(self.ranges, **here).unbind(1)
-        asked_BC = atoms_BE[:, number_C]
-        counted_BC = torch.where((asked_BC >= least_C) & (asked_BC <= most_C), 0.0, -CERTAIN)
-        logits_BC = torch.where(torch.tensor(self.is_counted, **here), counted_BC, learned_BC)
-        return logits_BC, torch.cat([own.softmax(1) for own in logits_BC.split(self.answers, dim=1)], dim=1)
+        asked_BC = asked_counts(units_BV)[:, number_C]
+        is_met_BC, is_counted_C = (asked_BC >= least_C) & (asked_BC <= most_C), torch.tensor(self.is_counted, **here)
+        counted_BC = torch.where(is_met_BC, 0.0, -CERTAIN)
+        logits_BC = torch.where(is_counted_C, counted_BC, learned_BC)
+        share_BC = torch.cat([own.softmax(1) for own in logits_BC.split(self.answers, dim=1)], dim=1)
+        return logits_BC, share_BC * (is_met_BC | ~is_counted_C)
+
+    def compare(self, first_RC: Tensor, last_RC: Tensor) -> Tensor:
+        """[R,C] how likely the answers about two structures are, from how likely answers about each are; else 0."""
+        share_RC = torch.zeros_like(first_RC)
+        for first, last, answer in self.compared:
+            odds_R = first_RC[:, answer].float().logit(TINY) - last_RC[:, answer].float().logit(TINY)
+            share_RC[:, first], share_RC[:, last] = odds_R.sigmoid(), (-odds_R).sigmoid()
+        return share_RC
+
+
+def asked_counts(units_BV: Tensor) -> Tensor:
+    """[B,E+1] by atomic number; at 0 how many elements there are, and at -1 the atomic number of the heaviest."""
+    atoms_BE = F.pad(units_BV, (0, max(0, FIRST_RESIDUE - units_BV.shape[1])))[:, :FIRST_RESIDUE]
+    there_BE = atoms_BE[:, 1:] > 0
+    heaviest_B = (there_BE * torch.arange(1, FIRST_RESIDUE, device=units_BV.device)).amax(1)
+    return torch.cat([there_BE.sum(1, keepdim=True), atoms_BE[:, 1:], heaviest_B.unsqueeze(1)], dim=1)
 
 
 @dataclass
