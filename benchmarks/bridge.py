@@ -49,9 +49,14 @@ class Arm:
     stages: tuple[str, ...] = ANSWERING
 
 
-UNTAUGHT = dict.fromkeys(  # who sees nothing has nothing to point at
-    ("generate", "instruct"), ("objectives={answering: {}, numbers: {}, deciding: {weight: 0.3}}",)
-)
+# Who sees nothing has nothing to point at. What is read in tokens alone takes a bridge that goes on learning.
+UNTAUGHT = {
+    stage: (
+        "objectives={answering: {}, numbers: {}, deciding: {weight: 0.3}}",
+        f"trained=[bridge, speech, numbers, {of_language}]",
+    )
+    for stage, of_language in (("generate", "language"), ("instruct", "lora"))
+}
 ARMS = {
     "bridge": Arm("the bridge", stages=STAGES),
     "blind": Arm("blind, retrained", ("sees=nothing",), UNTAUGHT, ANSWERING[1:]),

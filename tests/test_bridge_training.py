@@ -56,11 +56,11 @@ def stages(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def test_every_stage_trains_what_it_says(stages: dict[str, Path]) -> None:
     stages = {name: path for name, path in stages.items() if name != "language"}
     models = {name: load_bridge(path / "export")[0].state_dict() for name, path in stages.items()}
-    answering = ("bridge.", "pointer.", "number_head.")
+    speaking = ("pointer.", "bridge.out.", "bridge.hand.out.", "number_head.", "language_model.")
     parts: dict[str, Any] = {
-        "align": ("tower.", *answering),
-        "generate": (*answering, "language_model."),
-        "instruct": (*answering, "language_model."),
+        "align": ("tower.", "bridge.", "number_head."),
+        "generate": speaking,
+        "instruct": speaking,
         "search": "space.",
         "calibrate": "calibration.",
     }

@@ -46,7 +46,8 @@ DECIDING, POINTING, STATING = "deciding", "pointing", "stating"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
     "tower": ("tower.",),
-    "bridge": ("bridge.", "pointer."),
+    "bridge": ("bridge.",),
+    "speech": ("pointer.", "bridge.out.", "bridge.hand.out."),  # by which the language model hears of what is seen
     "space": ("space.",),
     "numbers": ("number_head.",),
     LANGUAGE: ("language_model.",),
