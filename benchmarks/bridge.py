@@ -31,8 +31,8 @@ from moiety.errors import InputError
 
 PAGE = ROOT / "docs/bridge.md"
 RESULTS = ROOT / "benchmarks/results/bridge.json"
-STAGES = ("align", "generate", "instruct", "search", "calibrate")
-ANSWERING = ("align", "generate", "instruct", "calibrate")  # of who is not asked to search
+STAGES = ("align", "numbers", "generate", "instruct", "search", "calibrate")
+ANSWERING = ("align", "numbers", "generate", "instruct", "calibrate")  # of who is not asked to search
 LANGUAGE = "language"
 
 
@@ -52,16 +52,16 @@ class Arm:
 # Who sees nothing has nothing to point at. What is read in tokens alone takes a bridge that goes on learning.
 UNTAUGHT = {
     stage: (
-        "objectives={answering: {}, numbers: {}, deciding: {weight: 0.3}}",
-        f"trained=[bridge, speech, numbers, {of_language}]",
+        "objectives={answering: {}, deciding: {weight: 0.3}}",
+        f"trained=[bridge, speech, {of_language}]",
     )
     for stage, of_language in (("generate", "language"), ("instruct", "lora"))
 }
 ARMS = {
     "bridge": Arm("the bridge", stages=STAGES),
-    "blind": Arm("blind, retrained", ("sees=nothing",), UNTAUGHT, ANSWERING[1:]),
+    "blind": Arm("blind, retrained", ("sees=nothing",), UNTAUGHT, ANSWERING[2:]),
     "composition": Arm("composition only, retrained", ("sees=composition",)),
-    "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[1:]),
+    "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[2:]),
     "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, numbers]")}),
     "untaught": Arm("not taught to point", of_stage=UNTAUGHT),
     "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),

@@ -258,15 +258,14 @@ def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[A
         assert torch.equal(model(**inputs).logits, model.language_model(**inputs).logits)
 
 
-def test_the_composition_stands_beside_a_structure_and_a_supercell_has_the_same(bridge: tuple[Any, Any]) -> None:
+def test_a_prompt_tells_nothing_of_a_structure_and_a_supercell_has_the_same(bridge: tuple[Any, Any]) -> None:
     _, processor = bridge
     salt = bulk("NaCl", "rocksalt", a=5.64)
     texts = [
         processor.tokenizer.decode(processor(text=[f"{PLACEHOLDER} What?"], structures=[one])["input_ids"][0])
         for one in (salt, salt.repeat((2, 1, 1)), molecule("CH3CH2OH"))
     ]
-    assert texts[0] == texts[1] and texts[0].endswith(f"{PLACEHOLDER} (1 sodium, 1 chlorine) What?")
-    assert texts[2].endswith(f"{PLACEHOLDER} (6 hydrogen, 2 carbon, 1 oxygen) What?")
+    assert texts[0] == texts[1] == texts[2] and texts[0].replace(PLACEHOLDER, "").strip() == "What?"
 
 
 def test_a_language_model_from_a_directory_gets_the_tokens_that_it_lacks(base: Path, tmp_path: Path) -> None:

@@ -18,10 +18,9 @@ from moiety.data.structure import Structure
 from moiety.models.processing_bridge_moiety import (
     PLACEHOLDER,
     MoietyBridgeProcessor,
-    compositions,
     with_placeholders,
 )
-from moiety.models.resampler_moiety import query_counts, unit_counts
+from moiety.models.resampler_moiety import query_counts
 from moiety.models.vocabulary_moiety import FIRST_RESIDUE
 from moiety.tokens.batch import Batch, collate
 
@@ -102,12 +101,10 @@ class Asking:
         if self._string:
             rows = [in_a_string(row, structures) for row in rows]
         batch = self.shown(structures)
-        nodes = batch.node_type, batch.graph_index, batch.pbc
-        queries = query_counts(*nodes, self._processor.nodes_per_query)
-        told = compositions(unit_counts(*nodes))
+        queries = query_counts(batch.node_type, batch.graph_index, batch.pbc, self._processor.nodes_per_query)
         order = [place for row in rows for place in row.read]
         pieces = [self._pieces(row) for row in rows]
-        first = with_placeholders([own[0] for own in pieces], queries[order].tolist(), [told[place] for place in order])
+        first = with_placeholders([own[0] for own in pieces], queries[order].tolist())
         ids, there, answer = self._tokens([[start, *own[1:]] for start, own in zip(first, pieces, strict=True)])
         longest, kept = ids.shape[1], answer.shape[1]
         seen = set(order)

@@ -19,7 +19,6 @@ from rdkit.Chem import rdMolDescriptors
 
 from moiety.data.splits import place
 from moiety.data.structure import Structure
-from moiety.models.processing_bridge_moiety import compositions
 from moiety.models.resampler_moiety import unit_counts
 from moiety.models.vocabulary_moiety import ELEMENT_NAMES, FIRST_RESIDUE
 
@@ -251,10 +250,11 @@ def formula(structure: Structure) -> str:
 
 
 def counted(structure: Structure) -> str:
-    """Its composition in the words that a processor writes beside a structure."""
+    """Its atoms in words, of a crystal those of its reduced formula."""
     node_type = torch.from_numpy(structure.node_type)
     pbc = torch.tensor([[structure.periodic] * 3])
-    return compositions(unit_counts(node_type, torch.zeros_like(node_type), pbc))[0]
+    counts = unit_counts(node_type, torch.zeros_like(node_type), pbc)[0].tolist()
+    return ", ".join(f"{count} {element(number)}" for number, count in enumerate(counts) if count)
 
 
 def capitalised(text: str) -> str:

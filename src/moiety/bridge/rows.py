@@ -13,7 +13,6 @@ from moiety.bridge.facts import (
     WIDER,
     Fact,
     can_be_denied,
-    counted,
     denied,
     facts_of,
     formula,
@@ -131,7 +130,7 @@ class Writer:
         return replace(row, question=asked, read=(), number=None)
 
     def _told(self, row: Row, structures: Sequence[Structure], rng: np.random.Generator) -> list[str]:
-        """What stands for structures: compositions, as beside a real one, and sentences that answer the question."""
+        """What stands for structures: sentences that answer the question."""
         said = []
         assert row.fact is not None
         for place in row.read:
@@ -139,10 +138,10 @@ class Writer:
                 sentence = statement_row(structures[place], place, rng).answer
             else:
                 facts = self._told_of(structures[place], rng)
-                if row.fact.kind in "BC" or (row.fact.kind == "A" and rng.random() < 0.5):
+                if row.fact.kind in "ABC":
                     facts = [row.fact, *(fact for fact in facts if fact.name != row.fact.name)]
                 sentence = in_a_sentence(phrases([facts[number] for number in rng.permutation(len(facts))], rng))
-            said.append(f"({counted(structures[place])}) {sentence}")
+            said.append(sentence)
         return said
 
     def _worn(self, row: Row, rng: np.random.Generator) -> Row:

@@ -9,8 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .configuration_bridge_moiety import HANDED
 from .feature_extraction_moiety import MoietyFeatureExtractor
-from .resampler_moiety import query_counts, unit_counts
-from .vocabulary_moiety import ELEMENT_NAMES, FIRST_RESIDUE
+from .resampler_moiety import query_counts
 
 PLACEHOLDER = "<structure>"
 TEMPLATE_SETTINGS = ("add_generation_prompt", "continue_final_message", "chat_template", "documents", "tools")
@@ -58,7 +57,7 @@ class MoietyBridgeProcessor(ProcessorMixin):
         if objects:
             nodes = inputs["node_type"], inputs["graph_index"], inputs["pbc"]
             inputs["num_queries"] = query_counts(*nodes, self.nodes_per_query)
-            prompts = with_placeholders(prompts, inputs["num_queries"].tolist(), compositions(unit_counts(*nodes)))
+            prompts = with_placeholders(prompts, inputs["num_queries"].tolist())
         kwargs = {"return_tensors": "pt", "padding": True, "padding_side": "left"} | kwargs
         return BatchFeature({**self.tokenizer(prompts, **kwargs), **inputs})
 
@@ -83,36 +82,14 @@ class MoietyBridgeProcessor(ProcessorMixin):
         return [*super().model_input_names, "num_queries"]
 
 
-def with_placeholders(prompts: list[str], queries: list[int], compositions: list[str]) -> list[str]:
-    """Texts in which every PLACEHOLDER stands as often as the next structure has tokens, and then its composition."""
-    told = zip(queries, compositions, strict=True)
+def with_placeholders(prompts: list[str], queries: list[int]) -> list[str]:
+    """Texts in which every PLACEHOLDER stands as often as the next structure has tokens."""
+    sizes = iter(queries)
     filled = []
     for prompt in prompts:
         first, *rest = prompt.split(PLACEHOLDER)
-        filled.append(first + "".join(_in_text(*next(told)) + part for part in rest))
+        filled.append(first + "".join(PLACEHOLDER * (next(sizes) + HANDED) + part for part in rest))
     return filled
-
-
-def _in_text(queries: int, composition: str) -> str:
-    return f"{PLACEHOLDER * (queries + HANDED)} ({composition})"
-
-
-def compositions(units_BV: Any) -> list[str]:
-    """How many atoms of each element there are, or how many residues, in words.
-
-    It is known exactly: no network has to learn to count.
-
-    Args:
-        units_BV: `unit_counts`.
-    """
-    found = []
-    for counts in units_BV.tolist():
-        atoms = enumerate(counts[1:FIRST_RESIDUE], start=1)
-        told = [f"{count} {ELEMENT_NAMES[number - 1]}" for number, count in atoms if count]
-        if residues := sum(counts[FIRST_RESIDUE:]):
-            told.append(f"{residues} residues")
-        found.append(", ".join(told))
-    return found
 
 
 def _blocks(chat: Any) -> list[dict[str, Any]]:
@@ -127,4 +104,4 @@ def _as_text(content: Any) -> str:
 
 MoietyBridgeProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["PLACEHOLDER", "MoietyBridgeProcessor", "compositions", "with_placeholders"]
+__all__ = ["PLACEHOLDER", "MoietyBridgeProcessor", "with_placeholders"]
