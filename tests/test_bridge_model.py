@@ -365,3 +365,13 @@ def test_the_trainer_of_transformers_trains_it(saved: Path, tmp_path: Path) -> N
     before = model.bridge.out.weight.clone()
     assert np.isfinite(trainer.train().training_loss)
     assert not torch.equal(before, model.bridge.out.weight)
+
+
+@pytest.mark.parametrize("first", ["configuration_bridge_moiety", "modeling_bridge_moiety"])
+def test_whatever_is_imported_first_auto_classes_know_the_bridge(first: str) -> None:
+    script = f"""
+import moiety.models.{first}
+from transformers import AutoConfig, AutoModelForMultimodalLM
+assert AutoModelForMultimodalLM._model_mapping[type(AutoConfig.for_model("moiety_bridge"))]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

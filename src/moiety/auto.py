@@ -1,7 +1,7 @@
 """Makes transformers' Auto classes know Moiety without importing transformers (seconds) until somebody else does.
 
 `import moiety` stays light: each registration runs right after the transformers module that needs it was loaded, or at
-once if it is loaded already.
+once if it is loaded already. Modules of Moiety that load Auto classes in the middle of their own import are waited for.
 """
 
 from __future__ import annotations
@@ -68,15 +68,20 @@ REGISTRATIONS: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.processing_auto": _processor,
     "transformers.pipelines": _pipelines,
 }
+LOADING_AUTO = {  # module -> what it has when it is through
+    "moiety.models.configuration_bridge_moiety": "MoietyBridgeConfig",
+    "moiety.models.modeling_bridge_moiety": "MoietyForConditionalGeneration",
+}
+_postponed: list[str] = []
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs the registration of a module in REGISTRATIONS once that module has been executed."""
+    """Runs the registration of a module once that module has been executed, and so has what the registration needs."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in REGISTRATIONS:
+        if fullname not in REGISTRATIONS and fullname not in LOADING_AUTO:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -85,7 +90,12 @@ class _AfterImport(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            REGISTRATIONS[fullname](module)
+            if fullname in REGISTRATIONS:
+                _postponed.append(fullname)
+            if all(hasattr(sys.modules[name], own) for name, own in LOADING_AUTO.items() if name in sys.modules):
+                while _postponed:
+                    name = _postponed.pop(0)
+                    REGISTRATIONS[name](sys.modules[name])
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
