@@ -23,7 +23,6 @@ from moiety.bridge.evaluate import Exam
 from moiety.bridge.reading import TOGETHER, Said
 from moiety.bridge.rows import Row
 from moiety.data.structure import Structure
-from moiety.models.resampler_moiety import mean_over
 from moiety.tokens.batch import with_neighbors
 
 Array = np.ndarray
@@ -115,7 +114,7 @@ def _key(structure: Structure, same_composition: bool) -> str:
 
 @torch.no_grad()
 def tower_features(model: Any, structures: Sequence[Structure]) -> Array:
-    """[S,F] what tower and bridge make of structures: means of invariants, summaries, and what changes in a mirror."""
+    """[S,F] what tower and bridge make of structures: means and sums over nodes, summaries, and the hand."""
     order = np.argsort([structure.num_nodes for structure in structures], kind="stable")
     found = []
     for start in range(0, len(order), TOGETHER):
@@ -123,9 +122,7 @@ def tower_features(model: Any, structures: Sequence[Structure]) -> Array:
         batch = with_neighbors(packed(chosen), model.config.cutoff)
         trunk = model.tower(**batch.inputs())
         read = model.bridged(trunk.node_features, torch.full((len(chosen),), 8), batch.inputs())
-        even_NF, _ = model.bridge.invariants(trunk.node_features)
-        means = mean_over(even_NF, trunk.graph_index, len(chosen))
-        found.append(torch.cat([means, read.even, read.odd], dim=1).numpy())
+        found.append(torch.cat([read.mean, read.lengths, read.even, read.odd], dim=1).numpy())
     return np.concatenate(found)[np.argsort(order)]
 
 

@@ -160,7 +160,7 @@ class Words:
         known = self.model.config.numbers or {}
         if any(own["token_id"] in tokens.tolist() for own in known.values()):
             with torch.no_grad():
-                values, log_sigmas = self.model.number_head(self.found.even[-1], self.found.mean[-1])  # of the last
+                values, log_sigmas = (said[-1] for said in self.model.number_head(self.found))  # of the last
             sigmas = log_sigmas.exp() * self.model.calibration.sigma_scale
             for place, (name, own) in enumerate(known.items()):
                 for _ in range(int((tokens == own["token_id"]).sum())):

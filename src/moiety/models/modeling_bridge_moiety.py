@@ -72,10 +72,10 @@ class Reading:
 
 
 class NumberHead(nn.Module):
-    """Value and log sigma of every property, from all that is even of a structure: [S,D], [S,F] -> [S,P] twice.
+    """Value and log sigma [S,P] of every property, in standard units, from all that is even of a structure.
 
-    In standard units. The text says which property, and when; no property depends on the words it is asked for in.
-    Means of invariants are read beside the queries, which have to serve the language model, too.
+    The text says which property, and when; no property depends on the words it is asked for in. Means and sums over
+    nodes are read beside the queries, which have to serve the language model, too.
     """
 
     def __init__(self, config: MoietyBridgeConfig):
@@ -83,12 +83,14 @@ class NumberHead(nn.Module):
         width, structure = config.bridge_config.hidden_size, config.structure_config
         self.num_properties = len(config.numbers or {})
         self.map = nn.Sequential(
-            nn.Linear(width + (1 + structure.lmax) * structure.hidden_size, 2 * width), nn.SiLU(),
+            nn.Linear(width + (1 + 2 * structure.lmax) * structure.hidden_size, 2 * width), nn.SiLU(),
             nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * self.num_properties),
         )  # fmt: skip
 
-    def forward(self, even_SD: Tensor, mean_SF: Tensor) -> tuple[Tensor, Tensor]:
-        value, log_sigma = self.map(torch.cat([even_SD, mean_SF], dim=-1)).split(self.num_properties, dim=-1)
+    def forward(self, found: Structures) -> tuple[Tensor, Tensor]:
+        value, log_sigma = self.map(torch.cat([found.even, found.mean, found.lengths], dim=-1)).split(
+            self.num_properties, dim=-1
+        )
         return value, log_sigma.clamp(-6, 3)
 
 
@@ -453,7 +455,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         answer.structure_features = found.mean
         if self.number_head is not None:
-            answer.number_values, answer.number_log_sigmas = self.number_head(found.even, found.mean)
+            answer.number_values, answer.number_log_sigmas = self.number_head(found)
         answer.fact_logits = found.fact_logits
 
     @torch.no_grad()

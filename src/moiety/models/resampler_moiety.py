@@ -38,10 +38,12 @@ class Invariants(nn.Module):
     Attributes:
         center, spread: [F] of the means over the nodes of structures, by which even invariants are standardised.
             Without that what all structures share hides what tells partners apart, and nothing is learned for long.
+        length: [L] typical lengths of the sums of vectors and rank-2 features over structures.
     """
 
     center: Tensor
     spread: Tensor
+    length: Tensor
 
     def __init__(self, structure: MoietyConfig, config: BridgeConfig):
         super().__init__()
@@ -50,6 +52,7 @@ class Invariants(nn.Module):
         self.size = (1 + structure.lmax) * channels
         self.register_buffer("center", torch.empty(self.size))
         self.register_buffer("spread", torch.empty(self.size))
+        self.register_buffer("length", torch.empty(structure.lmax * channels))
         self.triple = nn.ModuleList(nn.Linear(channels, config.num_pseudoscalars, bias=False) for _ in range(3))
         self.reset()
 
@@ -57,22 +60,38 @@ class Invariants(nn.Module):
         """To what changes nothing."""
         init.zeros_(self.center)
         init.ones_(self.spread)
+        init.ones_(self.length)
 
     def forward(self, features_NMC: Tensor) -> tuple[Tensor, Tensor]:
-        scalars, vectors, *rest = features_NMC.split([2 * degree + 1 for degree in range(self.lmax + 1)], dim=1)
-        lengths = [part.square().sum(1).add(TINY).sqrt() for part in (vectors, *rest)]
-        even_NF = (torch.cat([scalars.squeeze(1), *lengths], dim=-1) - self.center) / self.spread
+        scalars, vectors, *_ = self._by_degree(features_NMC)
+        even_NF = torch.cat([scalars.squeeze(1), self._lengths(features_NMC)], dim=-1)
+        even_NF = (even_NF - self.center) / self.spread
         a, b, c = (linear(vectors) for linear in self.triple)
         product_NP = (torch.linalg.cross(a, b, dim=1) * c).sum(1)
         return even_NF, F.softsign(product_NP)
 
+    def of_sums(self, features_NMC: Tensor, graph_index: Tensor, units_B: Tensor) -> Tensor:
+        """[B,L] lengths of what vectors and rank-2 features add up to; a dipole is one, which no node has."""
+        means_BG = mean_over(features_NMC.flatten(1), graph_index, units_B.shape[0])
+        sums_BMC = (means_BG * sum_of_units(units_B).to(means_BG)).unflatten(1, features_NMC.shape[1:])
+        return self._lengths(sums_BMC) / self.length
+
+    def _by_degree(self, features_NMC: Tensor) -> tuple[Tensor, ...]:
+        return features_NMC.split([2 * degree + 1 for degree in range(self.lmax + 1)], dim=1)
+
+    def _lengths(self, features_NMC: Tensor) -> Tensor:
+        """Of vectors and rank-2 features, one after the other."""
+        return torch.cat([part.square().sum(1).add(TINY).sqrt() for part in self._by_degree(features_NMC)[1:]], dim=-1)
+
     @torch.no_grad()
     def standardise(self, features_NMC: Tensor, graph_index: Tensor) -> None:
-        """Sets center and spread from the features of some structures."""
+        """Sets what invariants are standardised by, from the features of some structures."""
         self.reset()
-        means_BF = mean_over(self(features_NMC)[0], graph_index, int(graph_index.max()) + 1)
+        nodes_B = torch.bincount(graph_index)
+        means_BF = mean_over(self(features_NMC)[0], graph_index, nodes_B.shape[0])
         self.center.copy_(means_BF.mean(0))
         self.spread.copy_(means_BF.std(0).clamp(min=LEAST_SPREAD))
+        self.length.copy_(self.of_sums(features_NMC, graph_index, nodes_B).mean(0).clamp(min=LEAST_SPREAD))
 
 
 class Attention(nn.Module):
@@ -143,7 +162,7 @@ class Whole(nn.Module):
         self.most = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, mean_BF: Tensor, nodes_BnD: Tensor, there_Bn: Tensor, units_B: Tensor) -> Tensor:
-        count_B1 = units_B.unsqueeze(-1).to(mean_BF).clamp(max=LARGE) / TYPICAL
+        count_B1 = sum_of_units(units_B).to(mean_BF)
         total_BG = torch.cat([mean_BF * count_B1, count_B1, count_B1.log()], dim=-1)
         most_BD = nodes_BnD.masked_fill(~there_Bn.unsqueeze(-1), -torch.inf).amax(1)
         return self.mean(mean_BF) + self.total(total_BG) + self.most(most_BD)
@@ -210,6 +229,7 @@ class Structures:
     tokens: Tensor
     sizes: Tensor  # [B] tokens of each
     mean: Tensor  # [B,F] of the even invariants of its nodes, the same for its mirror image
+    lengths: Tensor  # [B,L] of what its vectors and rank-2 features add up to, the same, too
     even: Tensor  # [B,D] the mean of its queries, the same for its mirror image
     odd: Tensor  # [B,HANDED*P] what changes sign in a mirror
     fact_logits: Tensor | None  # [B,C] of the answers of facts
@@ -259,6 +279,7 @@ class Bridge(nn.Module):
             tokens=torch.cat([self.out(x_BKD), hand_BKW], dim=1)[kept_BK],
             sizes=num_queries_B + HANDED * is_read_B,
             mean=mean_BF,
+            lengths=self.invariants.of_sums(features_NMC, graph_index, units_BV.sum(1)),
             even=even_BD,
             odd=odd_BO,
             fact_logits=logits_BC,
@@ -273,6 +294,11 @@ class Bridge(nn.Module):
         for block in self.blocks:
             x_BKD = block(x_BKD, nodes_BnD, there_Bn)
         return x_BKD
+
+
+def sum_of_units(units_B: Tensor) -> Tensor:
+    """[B,1] by which a mean over nodes becomes a sum over a unit, of about unit size."""
+    return units_B.unsqueeze(-1).clamp(max=LARGE) / TYPICAL
 
 
 def unit_counts(node_type: Tensor, graph_index: Tensor, pbc: Tensor) -> Tensor:
