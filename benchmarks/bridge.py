@@ -32,7 +32,7 @@ from moiety.errors import InputError
 PAGE = ROOT / "docs/bridge.md"
 RESULTS = ROOT / "benchmarks/results/bridge.json"
 STAGES = ("align", "numbers", "generate", "instruct", "search", "calibrate")
-ANSWERING = ("align", "numbers", "generate", "instruct", "calibrate")  # of who is not asked to search
+ANSWERING = ("align", "generate", "instruct", "calibrate")  # of who is asked for no numbers, and not to search
 LANGUAGE = "language"
 
 
@@ -59,9 +59,9 @@ UNTAUGHT = {
 }
 ARMS = {
     "bridge": Arm("the bridge", stages=STAGES),
-    "blind": Arm("blind, retrained", ("sees=nothing",), UNTAUGHT, ANSWERING[2:]),
+    "blind": Arm("blind, retrained", ("sees=nothing",), UNTAUGHT, ANSWERING[1:]),
     "composition": Arm("composition only, retrained", ("sees=composition",)),
-    "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[2:]),
+    "string": Arm("text string only, retrained", ("sees=string",), stages=ANSWERING[1:]),
     "random": Arm("random tower", of_stage={"align": ("random_tower=true", "trained=[bridge, numbers]")}),
     "untaught": Arm("not taught to point", of_stage=UNTAUGHT),
     "projector": Arm("MLP projector", of_stage={"align": ("bridge={kind: mlp}",)}),

@@ -367,6 +367,19 @@ def test_the_trainer_of_transformers_trains_it(saved: Path, tmp_path: Path) -> N
     assert not torch.equal(before, model.bridge.out.weight)
 
 
+def test_a_number_head_that_is_standardised_again_says_the_same(bridge: tuple[Any, Any]) -> None:
+    model, processor = copy.deepcopy(bridge[0]), bridge[1]
+    inputs = processor(text=[PLACEHOLDER] * 3, structures=[molecule(name) for name in ("C6H6", "H2O", "CH3CH2OH")])
+    with torch.no_grad():
+        found = model.read_structures(**{name: inputs[name] for name in STRUCTURE_INPUTS if name in inputs})
+        before, read = model.number_head(found), model.number_head.read(found)
+        for some in (read, read[:2]):
+            model.number_head.standardise(some)
+            for one, other in zip(before, model.number_head(found), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.number_head.center, read[:2].mean(0))
+
+
 @pytest.mark.parametrize("first", ["configuration_bridge_moiety", "modeling_bridge_moiety"])
 def test_whatever_is_imported_first_auto_classes_know_the_bridge(first: str) -> None:
     script = f"""

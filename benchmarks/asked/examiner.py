@@ -18,6 +18,7 @@ from moiety.bridge.controls import copied, headed, majority, probed, shuffled, t
 from moiety.bridge.dialogue import Asking
 from moiety.bridge.evaluate import Exam, accuracies, expected_calibration_error, number_errors, set_exam
 from moiety.bridge.export import load_bridge
+from moiety.bridge.facts import is_kept_back, numbers_of
 from moiety.bridge.reading import Said, answers
 from moiety.bridge.rows import QUESTIONS, Writer
 from moiety.bridge.stages import SEEN, STRING
@@ -33,6 +34,7 @@ PROBED = {"isomers": 400, "qm9": 200, "crystals": 100}
 POOL = {"isomers": 1100, "qm9": 9000, "crystals": 400}
 MOST = 150  # questions of a fact
 NINETY = 1.6449
+COMBINATIONS = {False: "", True: ", combinations kept back"}
 Shares = dict[str, tuple[float, tuple[float, float], int]]  # class, or class:fact -> share, interval, number
 
 
@@ -93,9 +95,13 @@ def measure(found: Findings, model: Any, exam: Exam, said: Sequence[Said]) -> No
     """Calibration of answers, and numbers beside their training mean."""
     found.numbers["ECE"] = expected_calibration_error(exam, said)
     scales = model.config.numbers
-    for name, errors in number_errors(exam, said, list(scales), [scales[key]["mean"] for key in scales]).items():
-        found.numbers[f"{name} MAE"] = float(errors[:, 0].mean())
-        found.numbers[f"{name} in 90 %"] = float((errors[:, 0] <= NINETY * errors[:, 1]).mean())
+    means = [scale["mean"] for scale in scales.values()]
+    for back, label in COMBINATIONS.items():
+        part = exam.of(lambda number, _, back=back: exam.kept_back[number] == back)
+        chosen = [one for one, is_back in zip(said, exam.kept_back, strict=True) if is_back == back]
+        for name, errors in number_errors(part, chosen, list(scales), means).items():
+            found.numbers[f"{name} MAE{label}"] = float(errors[:, 0].mean())
+            found.numbers[f"{name} in 90 %{label}"] = float((errors[:, 0] <= NINETY * errors[:, 1]).mean())
 
 
 def without_training(found: Findings, model: Any, asking: Asking, exam: Exam) -> None:
@@ -113,16 +119,21 @@ def without_training(found: Findings, model: Any, asking: Asking, exam: Exam) ->
 
 
 def beside_numbers(found: Findings, model: Any, exam: Exam) -> None:
-    """What a head on the same tower says of the same numbers, from as many structures: mean absolute errors."""
+    """What a head on the same tower says of the same numbers, from the same structures: mean absolute errors."""
     corpus = Corpus.open(CORPORA / "qm9", split="train")
     learned = corpus.read(range(min(NUMBERED, len(corpus))), whole=True)
-    known = tower_features(model, learned)
+    known, asked = tower_features(model, learned), tower_features(model, exam.structures)
     for name in model.config.numbers:
-        rows = [row for row in exam.rows if row.number is not None and row.number[0] == name]
-        asked = tower_features(model, [exam.structures[row.about] for row in rows])
-        said = headed(known, np.array([one.scalars[name] for one in learned]), asked)
-        right = np.array([row.number[1] for row in rows if row.number is not None])
-        found.numbers[f"{name} MAE, encoder head"] = float(np.abs(said - right).mean())
+        facts = [next(fact for fact in numbers_of(one) if fact.name == name) for one in learned]
+        told = [
+            place for place, (fact, one) in enumerate(zip(facts, learned, strict=True)) if not is_kept_back(fact, one)
+        ]
+        said = headed(known[told], np.array([facts[place].value for place in told]), asked)
+        for back, label in COMBINATIONS.items():
+            rows = [row for row, is_back in zip(exam.rows, exam.kept_back, strict=True) if is_back == back]
+            errors = [abs(said[row.about] - row.number[1]) for row in rows if row.number and row.number[0] == name]
+            if errors:
+                found.numbers[f"{name} MAE{label}, encoder head"] = float(np.mean(errors))
 
 
 def beside_answers(found: Findings, model: Any, processor: Any, asking: Asking, language: Path) -> None:

@@ -8,7 +8,7 @@ matching of structures and captions; calibration.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from moiety.training.mixture import Mixture, Source
 from moiety.training.run import Run
 
 TEXTS = (CAPTIONS, QUESTIONS, WORDS, NOTHING)
-LANGUAGE, LORA, STRING = "language", "lora", "string"
+LANGUAGE, LORA, NUMBERS, STRING = "language", "lora", "numbers", "string"
 DECIDING, POINTING, STATING = "deciding", "pointing", "stating"
 KINDS = ("single", "partners", "composition", "named", "prose")  # of sources
 PARTS = {  # what a stage can train -> names of its parameters begin so
@@ -49,7 +49,7 @@ PARTS = {  # what a stage can train -> names of its parameters begin so
     "bridge": ("bridge.",),
     "speech": ("pointer.", "bridge.out.", "bridge.hand.out."),  # by which the language model hears of what is seen
     "space": ("space.",),
-    "numbers": ("number_head.",),
+    NUMBERS: ("number_head.",),
     LANGUAGE: ("language_model.",),
 }
 LORA_TARGETS = r"language_model\..*\.(q|k|v|o)_proj"
@@ -147,7 +147,9 @@ def train_stage(run: Run, config: BridgeStageConfig) -> Path | None:
         return calibrated(run, config, model, processor, asking)
     mixture = open_mixture(config.data)
     if not config.start and LANGUAGE not in config.trained:
-        standardise(model, mixture, asking)
+        standardise_bridge(model, mixture, asking)
+    if config.trained == (NUMBERS,):
+        standardise_numbers(model, mixture, asking)
     adapted = choose_trained(model, config)
     model.text_alone = config.text in (CAPTIONS, NOTHING)
     for line in told(adapted):
@@ -209,17 +211,35 @@ def starting_bridge(config: BridgeStageConfig) -> tuple[MoietyForConditionalGene
 
 
 @torch.no_grad()
-def standardise(model: MoietyForConditionalGeneration, mixture: Mixture, asking: Asking) -> None:
-    """Centre and spread of what a new bridge reads, from the first micro-batches; every rank finds the same."""
+def standardise_bridge(model: MoietyForConditionalGeneration, mixture: Mixture, asking: Asking) -> None:
+    """What a new bridge reads, by the first micro-batches; every rank finds the same."""
     features, owners, count = [], [], 0
-    for number in range(MEASURED):
-        structures = mixture.structures(number, whole=True)
-        batch = with_neighbors(asking.shown(structures), model.config.cutoff)
-        trunk = model.tower(**batch.inputs())
+    for _, trunk in first_read(model, mixture, asking):
         features.append(trunk.node_features)
         owners.append(trunk.graph_index + count)
-        count += batch.num_structures
+        count = int(owners[-1].max()) + 1
     model.bridge.invariants.standardise(torch.cat(features), torch.cat(owners))
+
+
+@torch.no_grad()
+def standardise_numbers(model: MoietyForConditionalGeneration, mixture: Mixture, asking: Asking) -> None:
+    """What number heads read once it stays as it is, likewise."""
+    assert model.number_head is not None
+    read = []
+    for inputs, trunk in first_read(model, mixture, asking):
+        unasked = torch.zeros(inputs["pbc"].shape[0], dtype=torch.long)
+        read.append(model.number_head.read(model.bridged(trunk.node_features, unasked, inputs)))
+    model.number_head.standardise(torch.cat(read))
+
+
+def first_read(
+    model: MoietyForConditionalGeneration, mixture: Mixture, asking: Asking
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Inputs of the tower, and what it makes of them."""
+    for number in range(MEASURED):
+        batch = with_neighbors(asking.shown(mixture.structures(number, whole=True)), model.config.cutoff)
+        inputs = batch.inputs()
+        yield inputs, model.tower(**inputs)
 
 
 def choose_trained(model: MoietyForConditionalGeneration, config: BridgeStageConfig) -> nn.Module:
@@ -287,7 +307,7 @@ def build_bridge_objectives(settings: dict[str, dict[str, Any]], facts: Any) -> 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "answering": Answering,
     "preference": Preference,
-    "numbers": Numbers,
+    NUMBERS: Numbers,
     DECIDING: Deciding,
     POINTING: Pointing,
     STATING: Stating,

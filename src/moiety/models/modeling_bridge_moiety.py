@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .asking_moiety import ask
 from .configuration_bridge_moiety import HANDED, MoietyBridgeConfig
 from .modeling_moiety import MoietyModel
-from .resampler_moiety import Bridge, Invariants, Structures, query_counts, unit_counts
+from .resampler_moiety import LEAST_SPREAD, Bridge, Invariants, Structures, query_counts, unit_counts
 
 STRUCTURE_INPUTS = (
     "node_type", "positions", "graph_index", "edge_index", "edge_shift", "cell", "pbc", "charge", "spin", "domain",
@@ -76,22 +76,49 @@ class NumberHead(nn.Module):
 
     The text says which property, and when; no property depends on the words it is asked for in. Means and sums over
     nodes are read beside the queries, which have to serve the language model, too.
+
+    Attributes:
+        center, spread: [I] of all of that over structures, by which it is standardised.
     """
+
+    center: Tensor
+    spread: Tensor
 
     def __init__(self, config: MoietyBridgeConfig):
         super().__init__()
         width, structure = config.bridge_config.hidden_size, config.structure_config
         self.num_properties = len(config.numbers or {})
+        size = width + (1 + 2 * structure.lmax) * structure.hidden_size
+        self.register_buffer("center", torch.empty(size))
+        self.register_buffer("spread", torch.empty(size))
+        self.reset()
         self.map = nn.Sequential(
-            nn.Linear(width + (1 + 2 * structure.lmax) * structure.hidden_size, 2 * width), nn.SiLU(),
+            nn.Linear(size, 2 * width), nn.SiLU(),
             nn.Linear(2 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * self.num_properties),
         )  # fmt: skip
 
+    def reset(self) -> None:
+        """To what changes nothing."""
+        init.zeros_(self.center)
+        init.ones_(self.spread)
+
     def forward(self, found: Structures) -> tuple[Tensor, Tensor]:
-        value, log_sigma = self.map(torch.cat([found.even, found.mean, found.lengths], dim=-1)).split(
-            self.num_properties, dim=-1
-        )
+        value, log_sigma = self.map((self.read(found) - self.center) / self.spread).split(self.num_properties, dim=-1)
         return value, log_sigma.clamp(-6, 3)
+
+    def read(self, found: Structures) -> Tensor:
+        """[S,I] what stands before it."""
+        return torch.cat([found.even, found.mean, found.lengths], dim=-1)
+
+    @torch.no_grad()
+    def standardise(self, read_SI: Tensor) -> None:
+        """Sets center and spread from some structures; what is said of them stays the same."""
+        center, spread = read_SI.mean(0), read_SI.std(0).clamp(min=LEAST_SPREAD)
+        first: Any = self.map[0]
+        first.bias += first.weight @ ((center - self.center) / self.spread)
+        first.weight *= spread / self.spread
+        self.center.copy_(center)
+        self.spread.copy_(spread)
 
 
 class Pointer(nn.Module):
@@ -262,7 +289,7 @@ class MoietyForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, Calibration | Invariants):
+        elif isinstance(module, Calibration | Invariants | NumberHead):
             module.reset()
         elif isinstance(module, SharedSpace):
             init.constant_(module.log_sharpness, math.log(SHARPNESS))

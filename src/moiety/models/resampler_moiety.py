@@ -350,4 +350,4 @@ def padded(values_ND: Tensor, graph_index: Tensor, num_graphs: int) -> tuple[Ten
     ), there
 
 
-__all__ = ["Bridge", "Structures", "mean_over", "query_counts", "unit_counts"]
+__all__ = ["LEAST_SPREAD", "Bridge", "Structures", "mean_over", "query_counts", "unit_counts"]
