@@ -143,6 +143,7 @@ OF_BRIDGE = (
     "in the words of training", "in other words", "combinations kept back", "majority", "nearest neighbour",
     "encoder + probe", "shuffled, same domain", "shuffled, same composition",
 )  # fmt: skip
+BY_HAND = "by hand"
 
 
 def findings(name: str, seed: int, out: Path) -> Findings | None:
@@ -158,10 +159,11 @@ def tables(found: Mapping[tuple[str, int], Findings]) -> list[Sheet]:
     """Right answers by class, those of class C by fact, and everything else that was measured."""
     seeds = sorted({seed for _, seed in found})
     conditions = [("bridge", name) for name in OF_BRIDGE]
+    conditions.insert(2, ("bridge", f"written {BY_HAND}"))
     conditions += [(arm, OF_BRIDGE[0]) for arm in ARMS if arm != "bridge"]
     keys = sorted({key for one in found.values() for shares in one.shares.values() for key in shares})
     of_class = [key for key in CLASSES if key in keys]
-    facts = [key for key in keys if key.startswith("C:")]
+    facts = [key for key in keys if key.startswith("C:") and BY_HAND not in key]
     sheets = []
     for title, columns, names in (
         ("Right answers, %", of_class, [CLASSES[key] for key in of_class]),
@@ -172,7 +174,9 @@ def tables(found: Mapping[tuple[str, int], Findings]) -> list[Sheet]:
             shares = [found[arm, seed].shares.get(condition) for seed in seeds if (arm, seed) in found]
             if any(shares):
                 label = (
-                    f"{ARMS[arm].name}, {condition}" if arm == "bridge" and condition in OF_BRIDGE[:3] else condition
+                    f"{ARMS[arm].name}, {condition}"
+                    if condition in (*OF_BRIDGE[:3], f"written {BY_HAND}")
+                    else condition
                 )
                 label = label if arm == "bridge" else ARMS[arm].name
                 rows.append([label, *(cell([own[key] for own in shares if own and key in own]) for key in columns)])

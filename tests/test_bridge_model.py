@@ -25,11 +25,12 @@ from transformers import (
 )
 
 from moiety.bridge.export import load_bridge, save_bridge
-from moiety.bridge.new import new_bridge, take_over
+from moiety.bridge.new import deciding_tokens, new_bridge, take_over
 from moiety.bridge.stages import LORA_TARGETS
 from moiety.errors import InputError
 from moiety.models.modeling_bridge_moiety import STRUCTURE_INPUTS
 from moiety.models.processing_bridge_moiety import PLACEHOLDER
+from moiety.models.vocabulary_moiety import ELEMENT_NAMES
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -197,7 +198,13 @@ def test_a_pointer_says_what_heads_decided_of_the_structure_that_stands_last(bri
     [
         (
             molecule("CH3CH2OH"),
-            {"elements": "3", "count hydrogen": "6", "contains carbon": "yes", "contains sulfur": "no"},
+            {
+                "elements": "3",
+                "heaviest": "oxygen",
+                "count hydrogen": "6",
+                "contains carbon": "yes",
+                "contains gold": "no",
+            },
         ),
         (bulk("ZnS", "zincblende", 5.4) * (2, 1, 1), {"elements": "2", "contains sulfur": "yes", "count sulfur": "1"}),
     ],
@@ -223,14 +230,14 @@ def test_what_is_asked_and_of_what_are_pointed_at_each_by_itself(bridge: tuple[A
 
 
 def test_a_fact_of_which_no_answer_can_be_leaves_the_word_to_the_language_model(bridge: tuple[Any, Any]) -> None:
-    model, processor = pointing_at(bridge, "heaviest"), bridge[1]
+    model, processor = pointing_at(bridge, "count hydrogen"), bridge[1]
     with torch.no_grad():
-        inputs = processor(text=[PLACEHOLDER] * 2, structures=[bulk("Au"), molecule("CH3SH")])
+        inputs = processor(text=[PLACEHOLDER] * 2, structures=[molecule("isobutane"), molecule("CH3SH")])
         output = model(**inputs)
         embeds = model.read(inputs["input_ids"], {name: inputs[name] for name in STRUCTURE_INPUTS if name in inputs})
         own = model.language_model(inputs_embeds=embeds.embeds, attention_mask=inputs["attention_mask"])
     torch.testing.assert_close(output.logits[0, -1], own.logits[0, -1].log_softmax(-1))
-    assert int(output.logits[1, -1].argmax()) == model.config.facts["heaviest"]["sulfur"]
+    assert int(output.logits[1, -1].argmax()) == model.config.facts["count hydrogen"]["4"]
 
 
 def test_of_two_structures_is_said_which_rather_has_an_answer(bridge: tuple[Any, Any]) -> None:
@@ -378,6 +385,16 @@ def test_a_number_head_that_is_standardised_again_says_the_same(bridge: tuple[An
             for one, other in zip(before, model.number_head(found), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model.number_head.center, read[:2].mean(0))
+
+
+def test_the_name_of_an_element_is_one_token_and_elsewhere_first_ones_may_be_shared() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tokenizers/text")
+    assert all(len(tokenizer.tokenize(f" {name}")) == 1 for name in ELEMENT_NAMES)
+    answers = ["1", "12", "22"]
+    with pytest.raises(InputError, match="tells 1, 12, 22 apart"):
+        deciding_tokens(answers, tokenizer)
+    one, twelve, more = deciding_tokens(answers, tokenizer, may_share=True).values()
+    assert one == twelve != more
 
 
 @pytest.mark.parametrize("first", ["configuration_bridge_moiety", "modeling_bridge_moiety"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from moiety.bridge.dialogue import Asking
 from moiety.bridge.evaluate import Exam, accuracies, expected_calibration_error, number_errors, set_exam
 from moiety.bridge.export import load_bridge
 from moiety.bridge.facts import is_kept_back, numbers_of
-from moiety.bridge.reading import Said, answers
+from moiety.bridge.reading import Said, answers, in_units, readings
 from moiety.bridge.rows import QUESTIONS, Writer
 from moiety.bridge.stages import SEEN, STRING
 from moiety.data.shards import Corpus
@@ -92,7 +93,7 @@ def shares_of(exam: Exam, said: Sequence[Said], chosen: Sequence[int]) -> Shares
 
 
 def measure(found: Findings, model: Any, exam: Exam, said: Sequence[Said]) -> None:
-    """Calibration of answers, and numbers beside their training mean."""
+    """Calibration of answers; numbers, the training mean where none is said; and intervals, of all structures."""
     found.numbers["ECE"] = expected_calibration_error(exam, said)
     scales = model.config.numbers
     means = [scale["mean"] for scale in scales.values()]
@@ -101,7 +102,18 @@ def measure(found: Findings, model: Any, exam: Exam, said: Sequence[Said]) -> No
         chosen = [one for one, is_back in zip(said, exam.kept_back, strict=True) if is_back == back]
         for name, errors in number_errors(part, chosen, list(scales), means).items():
             found.numbers[f"{name} MAE{label}"] = float(errors[:, 0].mean())
-            found.numbers[f"{name} in 90 %{label}"] = float((errors[:, 0] <= NINETY * errors[:, 1]).mean())
+    numbered = [one for one in exam.structures if any(numbers_of(one))]
+    covered: dict[str, list[bool]] = defaultdict(list)
+    for places, output in readings(model, numbered):
+        values, sigmas = in_units(model, output)
+        for row, place in enumerate(places):
+            for fact in numbers_of(numbered[place]):
+                number = list(scales).index(fact.name)
+                label = COMBINATIONS[is_kept_back(fact, numbered[place])]
+                covered[f"{fact.name} in 90 %{label}"].append(
+                    bool(abs(values[row, number] - fact.value) <= NINETY * sigmas[row, number])
+                )
+    found.numbers |= {name: float(np.mean(inside)) for name, inside in covered.items()}
 
 
 def without_training(found: Findings, model: Any, asking: Asking, exam: Exam) -> None:

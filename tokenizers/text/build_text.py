@@ -1,7 +1,8 @@
 """Trains the byte-level BPE of the small language model: python tokenizers/text/build_text.py [corpora/full/english]
 
-On the English of the corpus `english` and the questions and captions of the bridge. Digits stand alone, so that numbers
-are read as they are written. Its chat has no names: a question ends with a line break, an answer with </s>.
+On the English of the corpus `english`, the questions of the bridge, and the names of the elements: each is one token.
+Digits stand alone, so that numbers are read as they are written. Its chat has no names: a question ends with a
+line break, an answer with </s>.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from moiety.bridge.questions import sentences
 from moiety.data.texts import TextCorpus
+from moiety.models.vocabulary_moiety import ELEMENT_NAMES
 
 VOCABULARY = 4096
 REPEATED = 20  # times that a question counts: there are few of them
+NAMED = 500  # that the name of an element counts: enough for a token of its own
 PAD, START, END = "<pad>", "<s>", "</s>"
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -51,6 +54,7 @@ def _texts(corpus: TextCorpus) -> Iterator[str]:
     yield from corpus.table["text"].to_pylist()
     for by_split in sentences().values():
         yield from by_split["train"] * REPEATED
+    yield from [f"of {name}" for name in ELEMENT_NAMES] * NAMED
 
 
 if __name__ == "__main__":

@@ -88,8 +88,11 @@ FITS = {  # domains of which a question makes sense; others may be asked anywher
 }
 COUNTED = {  # what is counted of a structure: answer -> of what (see `asked_counts`), least and most
     "elements": {str(count): (0, count, count) for count in range(1, 8)},
-    "heaviest": {ELEMENT_NAMES[n - 1]: (-1, n, n) for n in ASKED_ELEMENTS},
-    **{f"contains {ELEMENT_NAMES[n - 1]}": {YES: (n, 1, 10**9), NO: (n, 0, 0)} for n in ASKED_ELEMENTS},
+    "heaviest": {name: (-1, number, number) for number, name in enumerate(ELEMENT_NAMES, start=1)},
+    **{
+        f"contains {name}": {YES: (number, 1, 10**9), NO: (number, 0, 0)}
+        for number, name in enumerate(ELEMENT_NAMES, start=1)
+    },
     **{f"count {ELEMENT_NAMES[n - 1]}": {str(c): (n, c, c) for c in range(1, 10)} for n in ASKED_ELEMENTS},
 }
 COMPARED = {  # of two structures: which of them rather has an answer to a fact that heads decide of each

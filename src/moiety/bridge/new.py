@@ -69,7 +69,7 @@ def new_bridge(
             for name, scale in NUMBERS.items()
         },
         handed_facts=list(HANDED_FACTS),
-        facts={name: deciding_tokens(answers, tokenizer) for name, answers in told_by_heads().items()},
+        facts={name: deciding_tokens(answers, tokenizer, name in COUNTED) for name, answers in told_by_heads().items()},
         compared_facts=COMPARED,
         counted_facts={name: {answer: list(of) for answer, of in answers.items()} for name, answers in COUNTED.items()},
     )
@@ -109,8 +109,13 @@ def take_over(model: MoietyForConditionalGeneration, other: MoietyForConditional
     model.load_state_dict(taken, strict=False)
 
 
-def deciding_tokens(answers: Sequence[str], tokenizer: Any) -> dict[str, int]:
+def deciding_tokens(answers: Sequence[str], tokenizer: Any, may_share: bool = False) -> dict[str, int]:
     """Of each answer to a question the first token in which all differ, in the words of the chat template.
+
+    Args:
+        answers: to one question.
+        tokenizer: of the language model.
+        may_share: where there is none, the first in which some differ; the language model says the rest.
 
     Raises:
         InputError: there is none.
@@ -118,10 +123,13 @@ def deciding_tokens(answers: Sequence[str], tokenizer: Any) -> dict[str, int]:
     chats = [[{"role": "user", "content": ""}, {"role": "assistant", "content": answer}] for answer in answers]
     given = tokenizer.apply_chat_template(chats[0][:1], tokenize=False, add_generation_prompt=True)
     said = [tokenizer.apply_chat_template(chat, tokenize=False)[len(given) :] for chat in chats]
-    for tokens in zip(*tokenizer(said, add_special_tokens=False)["input_ids"], strict=False):
-        if len(set(tokens)) == len(answers):
-            return dict(zip(answers, tokens, strict=True))
-    raise InputError(f"the tokenizer has no token that tells {', '.join(answers)} apart")
+    places = list(zip(*tokenizer(said, add_special_tokens=False)["input_ids"], strict=False))
+    enough = 2 if may_share else len(answers)
+    telling = [tokens for tokens in places if len(set(tokens)) == len(answers)]
+    telling += [tokens for tokens in places if len(set(tokens)) >= enough]
+    if not telling:
+        raise InputError(f"the tokenizer has no token that tells {', '.join(answers)} apart")
+    return dict(zip(answers, telling[0], strict=True))
 
 
 def load_tokenizer(language: str | Path) -> Any:
