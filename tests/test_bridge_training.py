@@ -22,7 +22,8 @@ SMALL = (
     "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 4, "
     "tie_word_embeddings: true}"
 )
-SOURCES = {  # of bridge_language.yaml and so on, in the order of the stages
+# Of bridge_language, bridge_align, bridge_numbers, bridge_generate, bridge_instruct, bridge_search, bridge_calibrate.
+SOURCES = {
     "language": [(ENGLISH, "prose", 1.0), (ISOMERS, "single", 1.0)],
     "align": [(ISOMERS, "partners", 1.0), (QM9, "composition", 1.0)],
     "numbers": [(QM9, "single", 1.0)],

@@ -15,7 +15,7 @@ from moiety.bridge.facts import facts_of
 from moiety.bridge.reading import TOGETHER, dialogue_of, readings
 from moiety.bridge.rows import Row, asking, unfit_row
 from moiety.data.structure import Structure
-from moiety.models.modeling_bridge_moiety import QUANTILES
+from moiety.models.heads_bridge_moiety import QUANTILES
 
 NINETY = 1.6449  # standard deviations on either side hold 90 % of a Gaussian
 SHRINKAGE = 0.05  # of the covariance towards its mean variance
