@@ -1,8 +1,8 @@
 """Training the text bridge, stage by stage, through the one engine: what a stage reads, says, trains and starts from.
 
-The stages: English for a language model that is new; facts that heads decide, without a word; questions, by which a new
-language model learns to read the bridge, too; questions with LoRA and a margin between right and wrong structures;
-matching of structures and captions; calibration.
+The stages: English for a language model that is new; facts that heads decide, without a word; numbers; questions, by
+which a new language model learns to hear of what is seen; questions with LoRA and a margin between right and wrong
+structures; matching of structures and captions; calibration.
 """
 
 from __future__ import annotations
