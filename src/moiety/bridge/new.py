@@ -115,7 +115,7 @@ def deciding_tokens(answers: Sequence[str], tokenizer: Any, may_share: bool = Fa
     Args:
         answers: to one question.
         tokenizer: of the language model.
-        may_share: where there is none, the first in which some differ; the language model says the rest.
+        may_share: where there is none, the one in which most differ; the language model says the rest.
 
     Raises:
         InputError: there is none.
@@ -124,12 +124,10 @@ def deciding_tokens(answers: Sequence[str], tokenizer: Any, may_share: bool = Fa
     given = tokenizer.apply_chat_template(chats[0][:1], tokenize=False, add_generation_prompt=True)
     said = [tokenizer.apply_chat_template(chat, tokenize=False)[len(given) :] for chat in chats]
     places = list(zip(*tokenizer(said, add_special_tokens=False)["input_ids"], strict=False))
-    enough = 2 if may_share else len(answers)
-    telling = [tokens for tokens in places if len(set(tokens)) == len(answers)]
-    telling += [tokens for tokens in places if len(set(tokens)) >= enough]
-    if not telling:
+    telling = max(places, key=lambda tokens: len(set(tokens)))
+    if len(set(telling)) < (2 if may_share else len(answers)):
         raise InputError(f"the tokenizer has no token that tells {', '.join(answers)} apart")
-    return dict(zip(answers, telling[0], strict=True))
+    return dict(zip(answers, telling, strict=True))
 
 
 def load_tokenizer(language: str | Path) -> Any:

@@ -76,7 +76,7 @@ class Writer:
         split: str = "train",
         asked: int = 2,
         geometric: float = 0.3,
-        numeric: float = 0.5,
+        numeric: float = 0.7,
         worn: float = 0.3,
         unfitting: float = 0.08,
         described: float = 0.1,
