@@ -12,6 +12,7 @@ import torch
 
 from moiety import cli
 from moiety.bridge.export import load_bridge
+from moiety.bridge.stages import BridgeSourceConfig, some_of
 from moiety.testing.launched import Forked, largest_difference, train
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +73,11 @@ def test_every_stage_trains_what_it_says(stages: dict[str, Path]) -> None:
         moved = {key for key, value in models[after].items() if not torch.equal(value, models[before][key])}
         assert moved and all(key.startswith(parts[after]) for key in moved), after
     assert (stages["instruct"] / "export/adapter/adapter_config.json").is_file()
+
+
+def test_a_calibration_looks_at_as_many_structures_as_its_source_says() -> None:
+    assert len(some_of(BridgeSourceConfig(str(ISOMERS), most=3), "train", 0)) == 3
+    assert len(some_of(BridgeSourceConfig(str(ISOMERS)), "train", 0)) > 3
 
 
 @pytest.mark.parametrize(("name", "zero"), [("instruct", "zero2"), ("instruct", "zero3"), ("align", "zero3")])

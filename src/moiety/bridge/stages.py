@@ -53,7 +53,7 @@ PARTS = {  # what a stage can train -> names of its parameters begin so
     LANGUAGE: ("language_model.",),
 }
 LORA_TARGETS = r"language_model\..*\.(q|k|v|o)_proj"
-CALIBRATED = 1000  # structures of a corpus that the calibration looks at, of those learned from and of held-out ones
+CALIBRATED = 1000  # structures of a corpus that the calibration looks at, unless its source says `most`
 MEASURED = 20  # micro-batches from which a new bridge knows the size of what it reads
 APART = 60.0  # Å between nodes that are to know nothing of each other
 
@@ -67,7 +67,7 @@ class BridgeSourceConfig:
     path: str
     kind: str = "single"
     weight: float = 1.0
-    most: int = 0  # structures that are read; 0: all
+    most: int = 0  # structures that are read; 0: all; CALIBRATED for a calibration
     texts: str = ""  # of `named` structures
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ def calibrated(
 def some_of(source: BridgeSourceConfig, split: str, seed: int) -> list[Structure]:
     """Some structures of a corpus, whole."""
     corpus = Corpus.open(source.path, split=split)
-    size = min(CALIBRATED, len(corpus))
+    size = min(source.most or CALIBRATED, len(corpus))
     return corpus.read(np.sort(np.random.default_rng(seed).permutation(len(corpus))[:size]), whole=True)
 
 
