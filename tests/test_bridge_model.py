@@ -265,6 +265,20 @@ def test_a_text_without_structures_is_that_of_the_language_model(bridge: tuple[A
         assert torch.equal(model(**inputs).logits, model.language_model(**inputs).logits)
 
 
+def test_the_baseline_has_as_many_tokens_as_are_asked_for(base: Path) -> None:
+    torch.manual_seed(0)
+    model, processor = new_bridge(base, new_language=SMALL, bridge={"hidden_size": 32, "kind": "mlp"})
+    large = bulk("Cu", cubic=True).repeat(3)
+    large.pbc = False
+    inputs = asked(processor, molecule("CH3CH2OH"), large)
+    assert inputs["num_queries"].tolist() == [8, 32]
+    model.eval()
+    with torch.no_grad():
+        together = model(**inputs).logits[:, -1]
+        alone = torch.stack([last_logits((model, processor), one) for one in (molecule("CH3CH2OH"), large)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
 def test_a_prompt_tells_nothing_of_a_structure_and_a_supercell_has_the_same(bridge: tuple[Any, Any]) -> None:
     _, processor = bridge
     salt = bulk("NaCl", "rocksalt", a=5.64)

@@ -287,9 +287,13 @@ class Bridge(nn.Module):
         )
 
     def _queried(self, nodes_BnD: Tensor, there_Bn: Tensor, whole_BD: Tensor, most: int) -> Tensor:
-        """[B,K,D]: queries, which know the mean node, that have read the nodes; of the baseline, a map of the mean."""
+        """[B,K,D]: queries, which know the mean node, that have read the nodes; of the baseline, a map of the mean.
+
+        The baseline has a few tokens for any structure: where more are asked for, they come again.
+        """
         if not hasattr(self, "blocks"):
-            return self.spread(whole_BD).unflatten(-1, (BUCKETS[0], -1))
+            few_BKD = self.spread(whole_BD).unflatten(-1, (BUCKETS[0], -1))
+            return few_BKD[:, torch.arange(most, device=few_BKD.device) % BUCKETS[0]]
         x_BKD = self.queries(torch.arange(most, device=nodes_BnD.device)) + whole_BD.unsqueeze(1)
         for block in self.blocks:
             x_BKD = block(x_BKD, nodes_BnD, there_Bn)
